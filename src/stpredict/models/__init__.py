@@ -1,0 +1,33 @@
+"""Fitted models (plain torch: they know no SpatialData)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stpredict.models._io import load
+    from stpredict.models.fitted_m2ost import FittedM2OST
+    from stpredict.models.m2ost import M2OST
+    from stpredict.models.nsl import NSL
+
+__all__ = ["M2OST", "NSL", "FittedM2OST", "load"]
+
+# torch is imported when a model is first asked for, not with the package.
+_HOMES = {
+    "FittedM2OST": "stpredict.models.fitted_m2ost",
+    "M2OST": "stpredict.models.m2ost",
+    "NSL": "stpredict.models.nsl",
+    "load": "stpredict.models._io",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,27 @@
+"""Where models compute."""
+
+from __future__ import annotations
+
+import torch
+
+
+def resolve_device(device: str) -> str:
+    """Turn ``"auto"`` into a GPU if there is one, and refuse a GPU that is not there."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ValueError(f"`device` is {device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:<number>'.") from error
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"`device` is {device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:<number>'.")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"`device` is {device!r}, but PyTorch finds no GPU here; use device='auto' or 'cpu'.")
+    return device
+
+
+def supports_bf16(device: str) -> bool:
+    """Whether matrix products in bfloat16 are faster there than in float32."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
