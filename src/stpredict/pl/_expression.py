@@ -1,0 +1,340 @@
+"""Measured beside predicted expression, over the tissue."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import spatialdata_plot  # noqa: F401  (registers `sdata.pl`)
+import xarray as xr
+from anndata import AnnData
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Colormap, Normalize
+from matplotlib.lines import Line2D
+from scipy.spatial import cKDTree
+from spatialdata import SpatialData
+
+from stpredict._sdata import Section, read_sections, read_table
+from stpredict.pl._axes import take_axes
+from stpredict.pl._sections import draw_scale_bar, micrometres_per_pixel, section_name
+from stpredict.pl._tissue import View, tissue_in_view, view_of_spots
+
+# Values beyond these percentiles are off the colour scale: in legacy arrays some 3 % of the spots miss an abundant gene
+# altogether, and would otherwise set the lower end for all.
+_PERCENTILES = (5, 95)
+# How far spots grow to be seen: part of the distance between neighbours.
+_GROWN = 0.75
+# Part of a panel's height that is kept free for a scale bar and a legend.
+_FOOTER = 0.1
+_MISSING = "dimgray"
+
+
+def expression(
+    sdata: SpatialData,
+    gene: str,
+    *,
+    layer: str = "nsl",
+    measured_layer: str | None = None,
+    sections: str | Sequence[str] | None = None,
+    shared_scale: bool = True,
+    cmap: str | Colormap = "viridis",
+    vmin: float | None = None,
+    vmax: float | None = None,
+    size: float | None = None,
+    alpha: float = 1.0,
+    img_alpha: float = 0.5,
+    image_key: str | Mapping[str, str] | None = None,
+    shapes_key: str | Sequence[str] | None = None,
+    table_key: str | None = None,
+    coordinate_system: str | None = None,
+    ax: Axes | Sequence[Axes] | np.ndarray | None = None,
+) -> np.ndarray:
+    """Draw measured beside predicted expression of a gene, over the H&E image.
+
+    A row for each section, with the columns measured and predicted; only predicted where the table has no expression.
+    The title of a predicted panel gives the gene's PCC over the section's spots, and says what kind of prediction it
+    is: *training fit* when the model was fitted to these very spots (such a picture says little about the model),
+    *held out* when it has seen none of them, *partly training* for a mixture, and nothing where the table does not tell.
+    Spots without a value are drawn as empty circles.
+
+    Parameters
+    ----------
+    sdata
+        Images, spots, and a table with predictions; nothing is written to it.
+    gene
+        One of ``var_names``.
+    layer
+        Predictions, a key of ``layers``.
+    measured_layer
+        Measured expression, a key of ``layers`` or ``"X"``. `None` takes what the model was fitted to, if the table has
+        it, else ``X``.
+    sections
+        Which sections to draw, in this order: values of ``obs["section"]`` or keys of ``sdata.shapes``. `None` draws
+        all.
+    shared_scale
+        One colour scale for all panels. A regression's predictions vary less than what was measured, and one scale
+        shows it; `False` gives each panel its own scale and colour bar, to compare patterns alone.
+    cmap
+        Colour map.
+    vmin, vmax
+        Ends of the colour scale. `None` means the 5th and 95th percentile: of measured or of predicted values, whichever
+        reaches farther. Colour bars have pointed ends where values lie beyond.
+    size
+        Diameter of the drawn spots over their true one. `None` lets them grow, where they are smaller, to three quarters
+        of the distance between neighbours.
+    alpha
+        Opacity of the spots.
+    img_alpha
+        Opacity of the image: below 1 it steps back behind the spots.
+    image_key, shapes_key, table_key, coordinate_system
+        Which elements to use, as in :func:`stpredict.pp.color_histogram`. `None` finds them.
+    ax
+        Axes to draw on: as many as there are panels, row by row. `None` makes a figure.
+
+    Returns
+    -------
+    ``(n_sections, 2)`` axes, ``(n_sections, 1)`` without measured expression. Their data coordinates are those of the
+    section's coordinate system.
+
+    Raises
+    ------
+    KeyError
+        No such gene, layer or section.
+    TypeError
+        ``sdata`` is no SpatialData, or ``ax`` no axes.
+    ValueError
+        The gene was not modelled, elements do not fit together, or ``ax`` has another number of axes.
+
+    Examples
+    --------
+    >>> import stpredict as stp
+    >>> sdata = stp.datasets.synthetic(n_spots=50)
+    >>> model = stp.tl.fit_nsl(sdata)
+    >>> axes = stp.pl.expression(sdata, model.genes[0])
+    >>> axes.shape
+    (2, 2)
+    """
+    _, table = read_table(sdata, table_key)
+    predicted = _predicted(table, gene, layer)
+    measured = _measured(table, gene, layer, measured_layer)
+    chosen = _choose_sections(
+        read_sections(sdata, table, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system),
+        table,
+        sections,
+    )
+    columns = {"predicted": predicted} if measured is None else {"measured": measured, "predicted": predicted}
+    rows = np.concatenate([section.rows for section in chosen])
+    shared = _scale([values[rows] for values in columns.values()], vmin, vmax) if shared_scale else None
+    views = [view_of_spots(section, sdata.images[section.image_key], _FOOTER) for section in chosen]
+    axes = take_axes(
+        ax,
+        len(chosen),
+        len(columns),
+        figsize=_figsize(views, len(columns), shared_scale),
+        layout="compressed",
+        height_ratios=[view.height / view.width for view in views],
+    )
+
+    for section, view, panels in zip(chosen, views, axes, strict=True):
+        tissue = tissue_in_view(section, sdata.images[section.image_key], view)
+        style = _Style(cmap, _growth(section) if size is None else size, alpha, img_alpha)
+        for (kind, values), panel in zip(columns.items(), panels, strict=True):
+            scale = shared or _scale([values[section.rows]], vmin, vmax)
+            _draw(panel, sdata, section, view, tissue, values[section.rows], scale.norm, style)
+            if kind == "measured":
+                note = f"{len(section.rows)} spots"
+            else:
+                note = " · ".join(_notes(table, layer, section.rows, predicted, measured))
+            panel.set_title(f"{section_name(section, table)} · {gene} {kind}\n{note}", fontsize="medium")
+            if shared is None:
+                scale.draw_bar([panel], cmap, gene, fraction=0.05, pad=0.03)
+        if (mpp := micrometres_per_pixel(section, table)) is not None:
+            draw_scale_bar(panels[0], mpp / view.units_per_pixel)
+    if shared is not None:
+        shared.draw_bar(list(axes.flat), cmap, gene, shrink=max(0.85 / len(chosen), 0.25), aspect=18, pad=0.03)
+    return axes
+
+
+def _predicted(table: AnnData, gene: str, layer: str) -> np.ndarray:
+    if layer not in table.layers:
+        raise KeyError(
+            f"No predictions {layer!r} in `layers`; it has {list(table.layers)[:12]}. Predict first, with "
+            "`stp.tl.fit_nsl(sdata)` or `stp.tl.predict(sdata, model)`."
+        )
+    if gene not in table.var_names:
+        raise KeyError(f"No gene {gene!r} in `var_names`; it has {table.n_vars}, such as {list(table.var_names[:5])}.")
+    values = _column(table, gene, layer)
+    if not np.isfinite(values).any():
+        marks = table.var.get(f"{layer}_fitted")
+        known = [] if marks is None else list(table.var_names[marks.to_numpy(dtype=bool)])
+        raise ValueError(
+            f"The gene {gene!r} is in the table but was not modelled: it has no value in `layers[{layer!r}]`. Modelled "
+            f"are {len(known)} genes, such as {known[:8]}."
+        )
+    return values
+
+
+def _measured(table: AnnData, gene: str, layer: str, measured_layer: str | None) -> np.ndarray | None:
+    there = [*(["X"] if table.X is not None else []), *table.layers]
+    if measured_layer is None:
+        fitted_to = str(_params(table, layer).get("layer", "X"))
+        measured_layer = fitted_to if fitted_to in there else "X"
+        if measured_layer not in there:
+            return None
+    if measured_layer not in there:
+        raise KeyError(f"No measured expression {measured_layer!r}; the table has {there[:12]}.")
+    return _column(table, gene, measured_layer)
+
+
+def _column(table: AnnData, gene: str, layer: str) -> np.ndarray:
+    values = table[:, [gene]].to_df(layer=None if layer == "X" else layer)
+    return values.to_numpy(dtype=np.float64).ravel()
+
+
+def _params(table: AnnData, layer: str) -> Mapping[str, Any]:
+    entry = table.uns.get(layer)
+    return entry.get("params", {}) if isinstance(entry, Mapping) else {}
+
+
+def _choose_sections(found: list[Section], table: AnnData, wanted: str | Sequence[str] | None) -> list[Section]:
+    if wanted is None:
+        return found
+    names = [section_name(section, table) for section in found]
+    by_name = {section.name: section for section in found} | dict(zip(names, found, strict=True))
+    wanted = [wanted] if isinstance(wanted, str) else list(wanted)
+    unknown = [name for name in wanted if name not in by_name]
+    if unknown or not wanted:
+        raise KeyError(f"`sections` is {wanted}; expected one or more of {names}.")
+    return [by_name[name] for name in wanted]
+
+
+def _notes(
+    table: AnnData, layer: str, rows: np.ndarray, predicted: np.ndarray, measured: np.ndarray | None
+) -> Iterator[str]:
+    """What the title says about the predictions of a section."""
+    if kind := _seen_in_training(table, layer, rows, predicted):
+        yield kind
+    if measured is not None:
+        yield _pcc(measured[rows], predicted[rows])
+
+
+def _seen_in_training(table: AnnData, layer: str, rows: np.ndarray, predicted: np.ndarray) -> str:
+    """Whether the model was fitted to these rows; nothing where the table does not tell.
+
+    A fit is called so on the word of ``obs[train_key]`` alone. Spots are called held out only when that column still
+    marks as many spots as were fitted to: it may have changed since, or belong to another slide than the model.
+    """
+    params = _params(table, layer)
+    train_key = str(params.get("train_key", ""))
+    if "n_train" not in params or (train_key and train_key not in table.obs):
+        return ""
+    has_value = np.isfinite(predicted)
+    training = has_value & (table.obs[train_key].to_numpy(dtype=bool) if train_key else True)
+    as_fitted = training.sum() == int(params["n_train"])
+    if not train_key and not as_fitted:  # fitted to all spots, but of another table
+        return ""
+    here = training[rows][has_value[rows]]
+    if here.all():
+        return "training fit"
+    if here.any():
+        return "partly training"
+    return "held out" if as_fitted else ""
+
+
+def _pcc(measured: np.ndarray, predicted: np.ndarray) -> str:
+    both = np.isfinite(measured) & np.isfinite(predicted)
+    x, y = measured[both], predicted[both]
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return "PCC undefined"
+    return f"PCC {np.corrcoef(x, y)[0, 1]:z.2f}".replace("-", "−")
+
+
+class _Scale(NamedTuple):
+    """Ends of a colour scale, and at which of them values lie beyond."""
+
+    norm: Normalize
+    extend: str
+
+    def draw_bar(self, axes: list[Axes], cmap: str | Colormap, gene: str, **where: Any) -> None:
+        bar = axes[0].figure.colorbar(ScalarMappable(self.norm, cmap), ax=axes, extend=self.extend, **where)
+        bar.set_label(f"{gene} expression")
+        bar.outline.set_linewidth(0)
+
+
+def _scale(panels: list[np.ndarray], vmin: float | None, vmax: float | None) -> _Scale:
+    """A scale for several panels, as wide as the widest of them needs it."""
+    finite = [values[np.isfinite(values)] for values in panels]
+    ends = np.array([np.percentile(values, _PERCENTILES) for values in finite if len(values)] or [[0.0, 1.0]])
+    low = float(ends[:, 0].min()) if vmin is None else vmin
+    high = float(ends[:, 1].max()) if vmax is None else vmax
+    if not low < high:  # all values are the same
+        high = low + 1
+    below, above = (bool(side.any()) for side in (np.concatenate(finite) < low, np.concatenate(finite) > high))
+    extend = "both" if below and above else "min" if below else "max" if above else "neither"
+    return _Scale(Normalize(low, high), extend)
+
+
+class _Style(NamedTuple):
+    """How spots and image are drawn."""
+
+    cmap: str | Colormap
+    size: float
+    alpha: float
+    img_alpha: float
+
+
+def _growth(section: Section) -> float:
+    """Factor by which spots may grow without touching each other."""
+    if len(section.centers) < 2:
+        return 1.0
+    distances = np.asarray(cKDTree(section.centers).query(section.centers, k=2)[0])
+    return max(1.0, _GROWN * float(np.median(distances[:, 1])) / float(np.median(section.diameters)))
+
+
+def _draw(
+    ax: Axes,
+    sdata: SpatialData,
+    section: Section,
+    view: View,
+    tissue: xr.DataArray,
+    values: np.ndarray,
+    norm: Normalize,
+    style: _Style,
+) -> None:
+    """One panel, composed in a SpatialData of its own: the caller's stays as it is."""
+    shapes = sdata.shapes[section.name]
+    geometry = [column for column in ("geometry", "radius") if column in shapes]
+    spots = shapes.loc[section.instances, geometry].assign(expression=values)
+    known = np.isfinite(values)
+    parts = {"known": spots[known], "missing": spots[~known]}
+    panel = SpatialData(images={"tissue": tissue}, shapes={name: part for name, part in parts.items() if len(part)})
+    panel = panel.pl.render_images("tissue", scale="full", alpha=style.img_alpha)
+    if known.any():
+        panel = panel.pl.render_shapes(
+            "known", color="expression", cmap=style.cmap, norm=norm, scale=style.size, fill_alpha=style.alpha
+        )
+    if not known.all():
+        panel = panel.pl.render_shapes(
+            "missing", fill_alpha=0, outline_color=_MISSING, outline_width=0.8, scale=style.size
+        )
+    panel.pl.show(coordinate_systems=section.coordinate_system, ax=ax, frameon=False, colorbar=False)
+    ax.set(xlim=(view.x0, view.x1), ylim=(view.y1, view.y0))
+    if not known.all():
+        circle = Line2D([], [], linestyle="", marker="o", markerfacecolor="none", markeredgecolor=_MISSING)
+        ax.legend(
+            [circle],
+            [f"no value ({(~known).sum()} spots)"],
+            loc="lower right",
+            frameon=False,
+            fontsize="x-small",
+            handletextpad=0.1,
+            borderaxespad=0,
+        )
+
+
+def _figsize(views: list[View], n_columns: int, shared_scale: bool) -> tuple[float, float]:
+    width = 3.8 if len(views) == 1 else 3.2
+    height = sum(width * min(view.height / view.width, 2) + 0.65 for view in views)
+    return n_columns * width + (0.9 if shared_scale else 0.9 * n_columns), height

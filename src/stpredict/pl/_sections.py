@@ -1,0 +1,62 @@
+"""What pictures say about a section: its name and its scale."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from anndata import AnnData
+from matplotlib.axes import Axes
+from matplotlib.font_manager import FontProperties
+from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar  # type: ignore[import-untyped]
+
+from stpredict._sdata import Section
+
+
+def section_name(section: Section, table: AnnData) -> str:
+    """``obs["section"]`` where all of the section's rows agree on it, else the key of its spots."""
+    if "section" in table.obs:
+        names = table.obs["section"].iloc[section.rows].unique()
+        if len(names) == 1:
+            return str(names[0])
+    return section.name
+
+
+def micrometres_per_pixel(section: Section, table: AnnData) -> float | None:
+    """Micrometres per pixel of the section's image, where a data set has left them in ``uns[...]["mpp"]``."""
+    name = section_name(section, table)
+    for entry in table.uns.values():
+        known = entry.get("mpp") if isinstance(entry, Mapping) else None
+        if isinstance(known, Mapping) and name in known:
+            return float(known[name])
+    return None
+
+
+def draw_scale_bar(ax: Axes, micrometres_per_unit: float) -> None:
+    """Draw a bar of a round length, about a fifth of the panel's width, in its lower left corner.
+
+    Parameters
+    ----------
+    ax
+        Its limits are final.
+    micrometres_per_unit
+        Of the data coordinates.
+    """
+    x0, x1 = ax.get_xlim()
+    longest = 0.3 * abs(x1 - x0) * micrometres_per_unit
+    power = 10.0 ** np.floor(np.log10(longest))
+    length = power * max(digit for digit in (1, 2, 5) if digit * power <= longest)
+    bar = AnchoredSizeBar(
+        ax.transData,
+        length / micrometres_per_unit,
+        f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm",
+        "lower left",
+        pad=0.4,
+        borderpad=0.5,
+        sep=3,
+        size_vertical=0.005 * abs(x1 - x0),
+        label_top=True,
+        fontproperties=FontProperties(size="x-small"),
+    )
+    bar.patch.set(facecolor="white", edgecolor="none", alpha=0.7)  # for dark tissue
+    ax.add_artist(bar)
