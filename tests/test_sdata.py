@@ -303,6 +303,8 @@ def test_volumes_do_not_count(make_sdata: MakeSData) -> None:
     volume = np.zeros((3, 2, 290, 330), dtype=np.uint8)
     sdata["stack"] = sd.models.Image3DModel.parse(volume, dims=("c", "z", "y", "x"), transformations={"A": Identity()})
     assert read(sdata)[0].image_key == "A_image"
+    with pytest.raises(ValueError, match="'stack' is a volume; expected two dimensions and channels"):
+        read(sdata, image_key="stack")
 
 
 def test_fluorescence_images_do_not_count(make_sdata: MakeSData, new_image: Callable[..., Any]) -> None:

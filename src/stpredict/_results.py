@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +126,8 @@ def write_predictions(
     layer[:, columns[columns >= 0]] = predicted[:, columns >= 0]
     table.layers[key] = layer
     table.var[f"{key}_fitted"] = table.var_names.isin(genes)
-    table.uns[key] = {"genes": np.array(genes, dtype=object), **learned}
+    # Copies: editing the table must not edit the model.
+    table.uns[key] = {"genes": np.array(genes, dtype=object), **copy.deepcopy(learned)}
 
 
 def write_color_histogram(table: AnnData, histogram: ColorHistogram) -> None:

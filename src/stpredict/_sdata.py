@@ -204,7 +204,7 @@ def read_sections(
         raise KeyError(f"`image_key` names the spots {_names(unknown)}, but the spots to read are {_names(names)}.")
     if coordinate_system is not None and coordinate_system not in sdata.coordinate_systems:
         raise KeyError(
-            f"No coordinate system {coordinate_system!r}; the elements know {_names(sdata.coordinate_systems)}."
+            f"No coordinate system {coordinate_system!r}; the elements know {_names(sorted(sdata.coordinate_systems))}."
         )
     sections: list[Section] = []
     for name in names:
@@ -276,7 +276,7 @@ def _read_section(
     image = _full_resolution(sdata.images[chosen.image_key])
     centers = _apply(chosen.affine, xy)
     if chosen.n_on_image < len(centers):
-        logg.info(f"{len(centers) - chosen.n_on_image} of {len(centers)} spots of {name!r} lie off the image.")
+        logg.warning(f"{len(centers) - chosen.n_on_image} of {len(centers)} spots of {name!r} lie off the image.")
     return Section(
         name=name,
         image_key=chosen.image_key,

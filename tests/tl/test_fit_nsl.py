@@ -172,6 +172,16 @@ def test_spots_off_the_image_are_left_out_of_the_fit(make_sdata: MakeSData, log:
     assert model.params["n_train"] == 60 - n_off
 
 
+def test_spots_that_hold_no_pixel_are_left_out_of_the_fit(make_sdata: MakeSData) -> None:
+    sdata = make_sdata(n_spots=48)
+    sdata["A_spots"].iloc[:10, sdata["A_spots"].columns.get_loc("radius")] = 0.01
+    model = stp.tl.fit_nsl(sdata, field=1.0)
+    empty = sdata["table"].obs["n_pixels"].to_numpy() == 0
+    assert 0 < empty.sum() <= 10
+    assert model.params["n_train"] == 48 - empty.sum()
+    np.testing.assert_array_equal(np.isnan(sdata["table"].layers["nsl"]).all(axis=1), empty)
+
+
 # References
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import tempfile
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
@@ -67,7 +66,6 @@ def save(model: Saveable, path: str | PathLike[str], *, overwrite: bool = False)
         "format": _FORMAT,
         "format_version": _FORMAT_VERSION,
         "kind": model.kind,
-        "versions": {name: version(name) for name in ("stpredict-histology", "torch")},
         **header,
     }
     folder.parent.mkdir(parents=True, exist_ok=True)

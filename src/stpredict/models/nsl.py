@@ -12,7 +12,7 @@ import torch
 
 from stpredict.models import _io
 from stpredict.models._device import resolve_device
-from stpredict.models._nsl_solver import ColorFractions, solve
+from stpredict.models._nsl_solver import ColorFractions, merge_rare_colours, solve
 from stpredict.models._stains import unmixing
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ class NSL:
     the data determine only the effective direction :math:`v_g = S_g^{-1}[:, :2] \, w_g` (attribute ``direction``), not
     :math:`S_g` itself. Even with the clamp only the planes spanned by eosin and residual, and by hematoxylin and
     residual, matter: 4 of the 6 angles of :math:`S_g`. A weak pull to ``reference`` defines the rest, so read a learned
-    stain vector as "the reference, moved as far as this gene asks for", and trust ``direction`` first.
+    stain vector as "the reference, moved as far as this gene asks for", and trust ``direction`` first. Where the clamp
+    silences a stain in most pixels, ``direction`` is the slope of the few others and does not describe the gene either:
+    look at the predictions then, and at what the stain marks (:func:`stpredict.pl.stains`).
 
     Attributes
     ----------
@@ -112,9 +114,9 @@ class NSL:
         device = resolve_device(device)
         mean = expression.mean(axis=0, dtype=np.float64)
         scale = expression.std(axis=0, dtype=np.float64)
-        standardised = torch.from_numpy(((expression - mean) / scale).astype(np.float32)).to(device)
+        standardised = torch.from_numpy((expression - mean) / scale).to(device)
         solution = solve(
-            ColorFractions(fractions, od, device),
+            ColorFractions(*merge_rare_colours(fractions, od), device),
             standardised,
             torch.tensor(reference, dtype=torch.float64, device=device),
             shared=stains == "shared",
@@ -178,9 +180,9 @@ class NSL:
         """
         device = resolve_device(device)
         spots = ColorFractions(fractions, od, device)
-        unmix = torch.from_numpy(self._unmixing()).to(device, torch.float32)
-        weights = torch.from_numpy(self.weights).to(device, torch.float32)
-        intercept = torch.from_numpy(self.intercept).to(device, torch.float32)
+        unmix = torch.from_numpy(self._unmixing()).to(device)
+        weights = torch.from_numpy(self.weights).to(device)
+        intercept = torch.from_numpy(self.intercept).to(device)
         predicted = np.empty((fractions.shape[0], len(self.genes)), dtype=np.float32)
         chunk = max(1, _MAX_ELEMENTS // (2 * max(len(od), 1)))
         for start in range(0, len(self.genes), chunk):
@@ -224,6 +226,8 @@ class NSL:
         for name, shape in cls._shapes(len(header["genes"])).items():
             if tuple(tensors[name].shape) != shape:
                 raise ValueError(f"{name} has the shape {tuple(tensors[name].shape)}, expected {shape}")
+        if missing := {"bits", "field"} - set(header["params"]):
+            raise ValueError(f"params lack {sorted(missing)}")
         return cls(
             genes=list(header["genes"]),
             params=dict(header["params"]),

@@ -244,7 +244,7 @@ def _draw_weights(ax: Axes, gene: _Gene, heaviest: float) -> None:
         ax.text(
             -np.copysign(0.06 * limit, weight),
             y,
-            f"{weight:.2g}".replace("-", "−"),
+            (f"{weight:.0f}" if abs(weight) >= 10 else f"{weight:.2g}").replace("-", "−"),
             ha=side,
             va="center",
             fontsize="small",

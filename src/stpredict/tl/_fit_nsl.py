@@ -13,7 +13,7 @@ from spatialdata import SpatialData
 from stpredict import _results
 from stpredict._sdata import read_sections, read_table
 from stpredict.pp._color_histogram import DEFAULT_BITS, DEFAULT_FIELD, ColorHistogram, cached_color_histogram
-from stpredict.tl._targets import read_targets, training_mask
+from stpredict.tl._targets import fitted_to, read_targets, training_mask
 
 if TYPE_CHECKING:
     from stpredict.models import NSL
@@ -78,8 +78,8 @@ def fit_nsl(
     bits
         Bits per colour channel of the histograms.
     tol
-        A gene has converged when a step improves its objective, the log of its mean squared error plus the pull, by
-        less than this.
+        A gene has converged when two steps in a row improve its objective, the log of its mean squared error plus the
+        pull, by less than this.
     max_iter
         Most steps per gene.
     key_added
@@ -174,8 +174,7 @@ def fit_nsl(
             "bits": int(bits),
             "tol": float(tol),
             "max_iter": int(max_iter),
-            "layer": "X" if layer is None else layer,
-            "train_key": "" if train_key is None else train_key,
+            **fitted_to(table, layer, train_key),
             "n_train": len(targets.rows),
         },
     )
@@ -183,7 +182,7 @@ def fit_nsl(
         stuck = [gene for gene, done in zip(model.genes, model.converged, strict=True) if not done]
         logg.warning(
             f"{len(stuck)} of {len(model.genes)} genes did not converge in {max_iter} steps, such as {stuck[:5]}; "
-            "their last steps still improved the fit. Raise `max_iter` or `tol`."
+            "what they reached is kept. Raise `max_iter` or `tol`."
         )
     if inplace:
         predicted = model.predict(fractions, histogram.od, device=device)

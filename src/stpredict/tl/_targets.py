@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import NamedTuple
+from importlib.metadata import version
+from typing import Any, NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -131,6 +132,16 @@ def read_targets(
             stacklevel=3,
         )
     return Targets(list(names), rows, values)
+
+
+def fitted_to(table: AnnData, layer: str | None, train_key: str | None) -> dict[str, Any]:
+    """What a model was fitted to and made with, to be kept with it."""
+    return {
+        "layer": "X" if layer is None else layer,
+        "transform": "log1p" if layer is None and "log1p" in table.uns else "unknown",
+        "train_key": "" if train_key is None else train_key,
+        "versions": {name: version(name) for name in ("stpredict-histology", "torch")},
+    }
 
 
 def _select_genes(

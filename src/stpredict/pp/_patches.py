@@ -1,0 +1,315 @@
+"""Patches: what M2OST sees of an image, one square at several scales around each spot."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self
+
+import numpy as np
+from dask.system import CPU_COUNT
+from scanpy import logging as logg
+from spatialdata import SpatialData
+from tqdm.auto import tqdm
+
+from stpredict._sdata import Section, read_sections, read_table
+from stpredict.pp._bands import Band, bands
+from stpredict.pp._store import InMemory, Store, kept_store, new_store
+from stpredict.pp._windows import Windows, box_pyramid, cut_patch, place_windows
+
+# Field of view of the authors of M2OST: 224 pixels on HER2+ sections, where a spot of 100 µm has 145.
+DEFAULT_FIELD = 1.54
+_MAX_LEVELS = 8
+
+# An image that has to be enlarged by more blurs level 0 visibly.
+_ENLARGED = 1.1
+# Beyond this many threads, Python itself is the bottleneck.
+_MAX_THREADS = 8
+# Patches of each section that are made anew to see whether kept ones still show the same image.
+_PROBES = 3
+
+
+@dataclass(frozen=True, repr=False, eq=False)
+class Patches:
+    """Multi-scale patches of spots, in memory or in a file; index them to get batches.
+
+    ``patches[i]`` is an array, ``patches[[3, 1, 2]]``, ``patches[:10]`` and ``patches[mask]`` are batches. The channels
+    come before rows and columns, but lie next to each other in memory (PyTorch's *channels last*).
+
+    Attributes
+    ----------
+    rows
+        ``(n,)`` rows of the table, ascending; spots that have no pixel of level 0 on the image are left out.
+    coverage
+        ``(n,)`` share of the field of level 0 that lies on the image.
+    made_of
+        ``levels``, ``image_size``, ``field`` and, for each section, which image and spots were read.
+    """
+
+    rows: np.ndarray
+    coverage: np.ndarray
+    made_of: dict[str, Any]
+    _store: Store
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __repr__(self) -> str:
+        n, levels, _, size, _ = self.shape
+        where = "closed" if self._store.closed else self._store
+        return f"Patches of {n} spots, {levels} levels of {size} x {size} pixels, {where}"
+
+    @property
+    def shape(self) -> tuple[int, int, int, int, int]:
+        """``(n, levels, 3, image_size, image_size)``."""
+        n, levels, height, width, channels = self._store.shape
+        return n, levels, channels, height, width
+
+    def __getitem__(self, indices: int | slice | Sequence[int] | np.ndarray) -> np.ndarray:
+        return self.take(indices)
+
+    def take(self, indices: int | slice | Sequence[int] | np.ndarray, out: np.ndarray | None = None) -> np.ndarray:
+        """Read a batch, into an array that exists already if there is one.
+
+        Parameters
+        ----------
+        indices
+            Which patches, in any order: whatever selects from an array of length ``len(patches)``.
+        out
+            A batch of the same size that may be overwritten. It saves the time to ask the system for memory.
+
+        Returns
+        -------
+        ``(b, levels, 3, image_size, image_size)`` uint8, without *b* for a single index.
+
+        Raises
+        ------
+        IndexError
+            There is no such patch.
+        ValueError
+            The patches are closed, or ``out`` is no such batch.
+        """
+        if self._store.closed:
+            raise ValueError("These patches are closed. Make them anew with `stp.pp.patches`.")
+        positions = np.asarray(np.arange(len(self))[indices])
+        if out is None:
+            pixels = np.empty(positions.shape + self._store.shape[1:], dtype=np.uint8)
+        else:
+            pixels = np.moveaxis(out, -3, -1)
+            fits = pixels.shape == positions.shape + self._store.shape[1:] and pixels.flags.c_contiguous
+            if not fits or out.dtype != np.uint8:
+                raise ValueError(
+                    f"`out` has the shape {out.shape} and dtype {out.dtype}; expected a batch that `take` returned "
+                    f"for {positions.shape} indices."
+                )
+        self._store.read(positions.ravel(), pixels.reshape(-1, *self._store.shape[1:]))
+        return np.moveaxis(pixels, -1, -3)
+
+    def close(self) -> None:
+        """Give up memory, or the temporary file; a file in a folder of your own is kept."""
+        self._store.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def patches(
+    sdata: SpatialData,
+    *,
+    levels: int = 3,
+    image_size: int = 224,
+    field: float = DEFAULT_FIELD,
+    store: str | os.PathLike[str] | None = None,
+    image_key: str | Mapping[str, str] | None = None,
+    shapes_key: str | Sequence[str] | None = None,
+    table_key: str | None = None,
+    coordinate_system: str | None = None,
+) -> Patches:
+    """Cut squares of several sizes out of the image around each spot.
+
+    All levels of a spot have the same centre and the same number of pixels; each shows twice the width of the one
+    before it. Squares lie along the rows and columns of the image. Beyond the image they are white.
+
+    Scales are made from the full resolution, by averaging blocks of 2 x 2 pixels as often as it goes and then resizing
+    by less than two (bilinear with antialiasing); every structure is where it belongs to half a pixel of the patch.
+    Each chunk of a backed image is read at most once, in bands of rows, so that the image need not fit into memory.
+
+    Parameters
+    ----------
+    sdata
+        Images (uint8, uint16 or float, as for :func:`color_histogram`), spots and a table that annotates the spots.
+    levels
+        Number of scales, 1 to 8.
+    image_size
+        Rows and columns of a patch in pixels.
+    field
+        Field of view (side of the square) of level 0 in spot diameters. The default reproduces the 224 pixels of the
+        authors of M2OST on HER2+ sections.
+    store
+        Folder in which to keep the patches, and from which to take them when they were made there before of the same
+        images, spots and settings. `None` keeps up to 1 GB in memory and more in a temporary file, which is removed
+        when the patches are closed or no longer used (environment variable ``TMPDIR`` says where).
+    image_key
+        Key in ``sdata.images``, or ``{shapes_key: image_key}``. `None` takes the finest image under each spots element.
+    shapes_key
+        Key or keys in ``sdata.shapes``. `None` takes all spots that the table annotates.
+    table_key
+        Key in ``sdata.tables``. `None` takes the only one.
+    coordinate_system
+        Where spots and images meet. `None` takes any that they share.
+
+    Returns
+    -------
+    The patches of all spots that lie on the image. Nothing is written to ``sdata``.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        Elements that are missing or ambiguous, or pixels that cannot be read as RGB.
+    OSError
+        No space left for the patches.
+
+    Examples
+    --------
+    >>> import stpredict as stp
+    >>> sdata = stp.datasets.synthetic(n_spots=50)
+    >>> with stp.pp.patches(sdata, image_size=64) as patches:
+    ...     print(patches[[0, 5]].shape)
+    (2, 3, 3, 64, 64)
+    """
+    _check_arguments(levels, image_size, field)
+    _, table = read_table(sdata, table_key)
+    sections = read_sections(
+        sdata, table, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system
+    )
+    return extract(sections, levels=levels, image_size=image_size, field=field, store=store)
+
+
+def extract(
+    sections: Sequence[Section],
+    *,
+    levels: int,
+    image_size: int,
+    field: float,
+    store: str | os.PathLike[str] | None = None,
+) -> Patches:
+    """Patches of sections, as :func:`patches` documents; ``rows`` are the sections' own."""
+    _check_arguments(levels, image_size, field)
+    coverage = [_coverage(section, field) for section in sections]
+    on_image = [np.flatnonzero(share > 0) for share in coverage]
+    rows = np.concatenate([section.rows[spots] for section, spots in zip(sections, on_image, strict=True)])
+    shares = np.concatenate([share[spots] for share, spots in zip(coverage, on_image, strict=True)])
+    order = np.argsort(rows)
+    positions = np.split(np.argsort(order), np.cumsum([len(spots) for spots in on_image])[:-1])
+    jobs = [
+        _Job(section, place_windows(section, levels, image_size, field).of(spots), of_section)
+        for section, spots, of_section in zip(sections, on_image, positions, strict=True)
+        if len(spots)
+    ]
+    shape = (len(rows), levels, image_size, image_size, 3)
+    made_of = _describe(sections, levels, image_size, field)
+
+    kept = None if store is None else kept_store(shape, store, made_of)
+    if kept is not None and all(_still_shows(kept, job) for job in jobs):
+        logg.info(f"Taking the patches of {len(rows)} spots {kept}.")
+        return Patches(rows[order], shares[order], made_of, kept)
+    for job in jobs:
+        _warn_of_blur(job)
+    target = new_store(shape, store, made_of)
+    try:
+        with tqdm(total=len(rows), desc="patches", unit="spot", delay=2, leave=False) as progress:
+            for job in jobs:
+                _draw(target, job, progress)
+        target.finish()
+    except BaseException:
+        target.close()
+        raise
+    return Patches(rows[order], shares[order], made_of, target)
+
+
+def _check_arguments(levels: int, image_size: int, field: float) -> None:
+    if not (isinstance(levels, int | np.integer) and 1 <= levels <= _MAX_LEVELS):
+        raise ValueError(f"`levels` is {levels!r}; expected an integer from 1 to {_MAX_LEVELS}.")
+    if not (isinstance(image_size, int | np.integer) and image_size >= 1):
+        raise ValueError(f"`image_size` is {image_size!r}; expected a positive number of pixels.")
+    if not (np.isfinite(field) and field > 0):
+        raise ValueError(f"`field` is {field!r}; expected a positive number of spot diameters.")
+
+
+def _describe(sections: Sequence[Section], levels: int, image_size: int, field: float) -> dict[str, Any]:
+    return {
+        "levels": int(levels),
+        "image_size": int(image_size),
+        "field": float(field),
+        "sections": {section.name: {**section.fingerprint, "spots": _digest(section)} for section in sections},
+    }
+
+
+def _digest(section: Section) -> str:
+    """What identifies the spots: rows of the table, centres and sizes."""
+    digest = hashlib.sha256()
+    for values in (section.rows, section.centers, section.radii):
+        digest.update(np.ascontiguousarray(values).tobytes())
+    return digest.hexdigest()
+
+
+def _coverage(section: Section, field: float) -> np.ndarray:
+    """Share of each spot's level-0 field that lies on the image, counted in pixels."""
+    half = (field * section.diameters / 2)[:, None]
+    first, last = np.ceil(section.centers - half - 0.5), np.ceil(section.centers + half - 0.5)
+    whole = (last - first).prod(axis=1)
+    size = np.array([section.width, section.height])
+    inside = np.maximum(np.minimum(last, size) - np.maximum(first, 0), 0).prod(axis=1)
+    return np.divide(inside, whole, out=np.zeros(len(whole)), where=whole > 0)
+
+
+class _Job(NamedTuple):
+    """Spots of one section: their windows, and the positions of their patches in the store."""
+
+    section: Section
+    windows: Windows
+    positions: np.ndarray
+
+
+def _warn_of_blur(job: _Job) -> None:
+    enlarged = 1 / float(np.median(job.windows.scale[:, 0]))
+    if enlarged > _ENLARGED:
+        logg.warning(
+            f"The image {job.section.image_key!r} is too coarse: level 0 is enlarged {enlarged:.2g} times and blurred. "
+            "Use a finer image, a smaller `image_size` or a larger `field`."
+        )
+
+
+def _still_shows(store: Store, job: _Job) -> bool:
+    """Whether a few kept patches equal those of the image as it is now."""
+    chosen = np.unique(np.linspace(0, len(job.positions) - 1, _PROBES).astype(np.int64))
+    now = InMemory((len(chosen), *store.shape[1:]))
+    _draw(now, _Job(job.section, job.windows.of(chosen), np.arange(len(chosen))))
+    found, expected = np.empty(now.shape, dtype=np.uint8), np.empty(now.shape, dtype=np.uint8)
+    store.read(job.positions[chosen], found)
+    now.read(np.arange(len(chosen)), expected)
+    if not np.array_equal(found, expected):
+        logg.warning(f"The patches {store} show another image than {job.section.image_key!r}: making them anew.")
+        return False
+    return True
+
+
+def _draw(target: Store, job: _Job, progress: tqdm | None = None) -> None:
+    """Write the patches of a job."""
+    section, windows, positions = job
+    with ThreadPoolExecutor(min(CPU_COUNT, _MAX_THREADS), thread_name_prefix="patches") as pool:
+        for band in bands(section, windows.boxes(), align=2**windows.depth):
+            pyramid = box_pyramid(band.pixels, windows.depth, pool)
+
+            def put(spot: int, band: Band = band, pyramid: list[np.ndarray] = pyramid) -> None:
+                target.write(int(positions[spot]), cut_patch(pyramid, band, windows, spot))
+
+            for _ in pool.map(put, band.boxes):
+                if progress is not None:
+                    progress.update()

@@ -1,0 +1,106 @@
+"""What the documentation shows is true: names exist on the API pages, and examples run."""
+
+from __future__ import annotations
+
+import doctest
+import inspect
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import pytest
+from spatialdata import SpatialData
+
+import stpredict as stp
+
+ROOT = Path(__file__).parents[1]
+MODULES: dict[str, ModuleType] = {name: getattr(stp, name) for name in stp.__all__}
+PUBLIC = [f"{module}.{name}" for module, content in MODULES.items() for name in content.__all__]
+SYNTHETIC = stp.datasets.synthetic
+PAGES = ["README.md", "docs/explanation/data.md"]
+
+
+def public_object(name: str) -> object:
+    module, _, member = name.partition(".")
+    return getattr(MODULES[module], member)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_api_page_lists_every_public_name(module: str) -> None:
+    page = (ROOT / "docs" / "api" / f"{module}.md").read_text()
+
+    listed = re.findall(rf"^ +({module}\.\w+)$", page, flags=re.MULTILINE)
+
+    assert sorted(listed) == sorted(name for name in PUBLIC if name.startswith(f"{module}."))
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLIC if name != "datasets.her2st"])  # which would download
+def test_docstring_example_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documented = public_object(name)
+    monkeypatch.chdir(tmp_path)
+    if name != "datasets.synthetic":  # which shows the size of what it makes
+        monkeypatch.setattr(stp.datasets, "synthetic", small_synthetic)
+    example = doctest.DocTestParser().get_doctest(inspect.getdoc(documented) or "", {}, name, None, None)
+    assert example.examples or inspect.isclass(documented), f"stp.{name} has no example"
+
+    report: list[str] = []
+    result = doctest.DocTestRunner(ShownOutput()).run(example, out=report.append)
+
+    plt.close("all")
+    assert result.failed == 0, "".join(report)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_page_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```$", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(stp.datasets, "her2st", small_her2st)
+
+    namespace: dict[str, object] = {}
+    for block in blocks:
+        exec(compile(block, page, "exec"), namespace)
+
+    plt.close("all")
+
+
+def test_field_page_has_the_measured_numbers() -> None:
+    page = (ROOT / "docs" / "explanation" / "field.md").read_text()
+    measured = json.loads((ROOT / "benchmarks" / "nsl_field.json").read_text())
+    scores = pd.DataFrame(measured["scores"])
+    nsl = scores["model"] == "NSL"
+
+    means = scores[~nsl | (scores["pull"] == measured["pull"])].groupby(["field", "sections", "model"])["pcc"].mean()
+    for field, of_field in means.groupby("field"):
+        values = [of_field[field, *key] for key in [("choice", "NSL"), ("choice", "ridge on mean OD")]]
+        assert f"| {field:g} | {values[0]:.3f} | {values[1]:.3f} |" in page
+
+    at_field = scores[nsl & (scores["sections"] == "choice") & (scores["field"] == measured["field"])]
+    for pull, of_pull in at_field.groupby("pull"):
+        folds = " | ".join(f"{pcc:.3f}" for pcc in of_pull.sort_values("held_out")["pcc"])
+        assert f"| {pull:g} | {folds} | {of_pull['pcc'].mean():.3f} |" in page
+
+
+class ShownOutput(doctest.OutputChecker):
+    """Compares what an example shows; what it does not show, such as a progress bar, may be anything."""
+
+    def check_output(self, want: str, got: str, optionflags: int) -> bool:
+        return not want or super().check_output(want, got, optionflags)
+
+
+def small_synthetic(*, n_spots: int, random_state: int = 0) -> SpatialData:
+    """Examples are about what is called, not about the data."""
+    return SYNTHETIC(n_spots=min(n_spots, 25), n_genes=8, random_state=random_state)
+
+
+def small_her2st(sections: Sequence[str]) -> SpatialData:
+    """Synthetic sections under the names of real ones."""
+    sdata = SYNTHETIC(len(sections), n_spots=25, n_genes=8)
+    table = sdata["table"]
+    table.obs["section"] = table.obs["section"].cat.rename_categories(list(sections))
+    table.var_names = ["ERBB2", *table.var_names[1:]]
+    return sdata
