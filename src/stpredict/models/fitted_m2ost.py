@@ -86,7 +86,7 @@ class FittedM2OST:
             with torch.inference_mode(), torch.autocast(kind, torch.bfloat16) if use_bf16 else nullcontext():
                 for start in tqdm(starts, desc="predicting", unit="batch", delay=2, leave=False):
                     rows = np.arange(start, min(start + batch_size, len(patches)))
-                    batch = torch.from_numpy(np.ascontiguousarray(patches[rows])).to(device)
+                    batch = torch.from_numpy(patches[rows]).to(device)
                     predicted[rows] = network(batch).float().cpu().numpy()
         finally:
             self.network.to("cpu")

@@ -86,7 +86,7 @@ class Batches:
             whole = order[start : start + self._batch_size]
             mine = whole[self._rank :: self._world_size]
             spots = self._indices[mine]
-            patches = torch.from_numpy(np.ascontiguousarray(self._patches[spots]))
+            patches = torch.from_numpy(self._patches[spots])
             return Batch(
                 patches.pin_memory() if self._pin else patches,
                 torch.from_numpy(self._targets[spots]),
