@@ -33,13 +33,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """
     spots, heads, n, c = q.shape
     step = max(1, WEIGHTS // (heads * n * k.shape[2]))
+    # oneDNN adds the terms of a sum one after the other. Weights have the sum 1, so the mean value may stay outside, and
+    # what is left is small and loses no digits.
+    mean = v.mean(2, keepdim=True)
+    v = v - mean
     out = q.new_empty(spots, n, heads, c)
     for some in (slice(i, i + step) for i in range(0, spots, step)):
         queries = (q[some] * c**-0.5).permute(2, 0, 1, 3).flatten(1, 2)
         weights = torch.softmax(_products(queries, k[some].flatten(0, 1)), dim=2)
         seen = _products(weights, v[some].mT.flatten(0, 1))
         out[some] = seen.unflatten(1, (-1, heads)).transpose(0, 1)
-    return out
+    return out + mean.transpose(1, 2)
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
