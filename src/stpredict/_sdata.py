@@ -4,25 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import dask.array as da
 import geopandas as gpd
 import numpy as np
 import pandas as pd
-import xarray as xr
 from anndata import AnnData
 from scanpy import logging as logg
 from spatialdata import SpatialData
 from spatialdata.models import TableModel
-from spatialdata.transformations import get_transformation
 
-# Two images whose resolutions differ by less than this are "the same resolution".
-_SAME_RESOLUTION = 1.01
-# Two maps from spots to pixels that agree to this many pixels over the whole image are one map.
-_SAME_MAP_PX = 0.01
-
-_CHANNEL_NAMES = {"r": 0, "red": 0, "g": 1, "green": 1, "b": 2, "blue": 2, "a": 3, "alpha": 3}
+from stpredict._images import apply_affine, choose_image, full_resolution, listed, rgb_positions
 
 
 @dataclass(frozen=True)
@@ -96,14 +89,6 @@ class Section:
         return (x >= 0) & (x < self.width) & (y >= 0) & (y < self.height)
 
 
-class _Candidate(NamedTuple):
-    image_key: str
-    coordinate_system: str
-    affine: np.ndarray
-    pixels_per_unit: float
-    n_on_image: int
-
-
 def read_table(sdata: SpatialData, table_key: str | None = None) -> tuple[str, AnnData]:
     """Find the table that annotates spots.
 
@@ -133,7 +118,7 @@ def read_table(sdata: SpatialData, table_key: str | None = None) -> tuple[str, A
     tables = sdata.tables
     if table_key is not None:
         if table_key not in tables:
-            raise KeyError(f"No table {table_key!r} in `sdata.tables`; it has {_names(tables)}.")
+            raise KeyError(f"No table {table_key!r} in `sdata.tables`; it has {listed(tables)}.")
     else:
         if len(tables) == 0:
             raise ValueError(
@@ -144,8 +129,8 @@ def read_table(sdata: SpatialData, table_key: str | None = None) -> tuple[str, A
         annotating = [key for key, table in tables.items() if TableModel.ATTRS_KEY in table.uns]
         if len(annotating) != 1:
             raise ValueError(
-                f"Expected one table that annotates spots, found {_names(annotating)} among the tables "
-                f"{_names(tables)}. Choose one with `table_key`."
+                f"Expected one table that annotates spots, found {listed(annotating)} among the tables "
+                f"{listed(tables)}. Choose one with `table_key`."
             )
         table_key = annotating[0]
     table = tables[table_key]
@@ -157,7 +142,7 @@ def read_table(sdata: SpatialData, table_key: str | None = None) -> tuple[str, A
     if not table.var_names.is_unique:
         twice = table.var_names[table.var_names.duplicated()].unique()
         raise ValueError(
-            f"`var_names` of the table {table_key!r} are not unique ({_names(twice)} occur more than once); "
+            f"`var_names` of the table {table_key!r} are not unique ({listed(twice)} occur more than once); "
             "genes are found by name, so call `adata.var_names_make_unique()` first."
         )
     return table_key, table
@@ -201,10 +186,10 @@ def read_sections(
     """
     names = _shapes_keys(sdata, table, shapes_key)
     if isinstance(image_key, Mapping) and (unknown := set(image_key) - set(names)):
-        raise KeyError(f"`image_key` names the spots {_names(unknown)}, but the spots to read are {_names(names)}.")
+        raise KeyError(f"`image_key` names the spots {listed(unknown)}, but the spots to read are {listed(names)}.")
     if coordinate_system is not None and coordinate_system not in sdata.coordinate_systems:
         raise KeyError(
-            f"No coordinate system {coordinate_system!r}; the elements know {_names(sorted(sdata.coordinate_systems))}."
+            f"No coordinate system {coordinate_system!r}; the elements know {listed(sorted(sdata.coordinate_systems))}."
         )
     sections: list[Section] = []
     for name in names:
@@ -223,14 +208,14 @@ def _shapes_keys(sdata: SpatialData, table: AnnData | None, shapes_key: str | Se
         names = [shapes_key] if isinstance(shapes_key, str) else list(shapes_key)
         if len(set(names)) < len(names):
             twice = sorted({name for name in names if names.count(name) > 1})
-            raise ValueError(f"`shapes_key` names {_names(twice)} more than once.")
+            raise ValueError(f"`shapes_key` names {listed(twice)} more than once.")
         for name in names:
             if name not in sdata.shapes:
-                raise KeyError(f"No spots {name!r} in `sdata.shapes`; it has {_names(sdata.shapes)}.")
+                raise KeyError(f"No spots {name!r} in `sdata.shapes`; it has {listed(sdata.shapes)}.")
     if table is None:
         names = names if shapes_key is not None else list(sdata.shapes)
         if len(names) > 1 and shapes_key is None:
-            raise ValueError(f"There are several spots elements, {_names(names)}. Choose with `shapes_key`.")
+            raise ValueError(f"There are several spots elements, {listed(names)}. Choose with `shapes_key`.")
         return names
 
     region, _, _ = _annotation(table)
@@ -238,7 +223,7 @@ def _shapes_keys(sdata: SpatialData, table: AnnData | None, shapes_key: str | Se
     if shapes_key is not None:
         if strangers := [name for name in names if name not in annotated]:
             raise ValueError(
-                f"The table annotates {_names(annotated)}, not the spots {_names(strangers)}. Choose the spots with "
+                f"The table annotates {listed(annotated)}, not the spots {listed(strangers)}. Choose the spots with "
                 "`shapes_key` or the table with `table_key`."
             )
         return names
@@ -247,11 +232,11 @@ def _shapes_keys(sdata: SpatialData, table: AnnData | None, shapes_key: str | Se
         kinds = {name: element_type for element_type, name, _ in sdata.gen_elements()}
         found = ", ".join(f"{name!r} ({kinds.get(name, 'not in sdata')})" for name in annotated)
         raise ValueError(
-            f"The table annotates {found}, none of which are spots; `sdata.shapes` has {_names(sdata.shapes)}. "
+            f"The table annotates {found}, none of which are spots; `sdata.shapes` has {listed(sdata.shapes)}. "
             "Choose another table with `table_key`, or mend its region with `sdata.set_table_annotates_spatialelement`."
         )
     if absent := [name for name in annotated if name not in names]:
-        logg.warning(f"The table also annotates {_names(absent)}, which `sdata.shapes` lacks: those rows are left out.")
+        logg.warning(f"The table also annotates {listed(absent)}, which `sdata.shapes` lacks: those rows are left out.")
     return names
 
 
@@ -272,9 +257,9 @@ def _read_section(
         rows, of_shape = _match_rows(shapes, table, name)
     xy, radii = xy[of_shape], radii[of_shape]
 
-    chosen = _choose_image(sdata, name, xy, image_key, coordinate_system)
-    image = _full_resolution(sdata.images[chosen.image_key])
-    centers = _apply(chosen.affine, xy)
+    chosen = choose_image(sdata, name, xy, image_key, coordinate_system)
+    image = full_resolution(sdata.images[chosen.image_key])
+    centers = apply_affine(chosen.affine, xy)
     if chosen.n_on_image < len(centers):
         logg.warning(f"{len(centers) - chosen.n_on_image} of {len(centers)} spots of {name!r} lie off the image.")
     return Section(
@@ -282,7 +267,7 @@ def _read_section(
         image_key=chosen.image_key,
         coordinate_system=chosen.coordinate_system,
         pixels=da.asarray(image.data),
-        channels=_rgb_positions(image, chosen.image_key),
+        channels=rgb_positions(image, chosen.image_key),
         affine=chosen.affine,
         centers=centers,
         radii=radii,
@@ -324,8 +309,8 @@ def _match_rows(shapes: gpd.GeoDataFrame, table: AnnData, name: str) -> tuple[np
     if not found.any():
         raise ValueError(
             f"No row of the table belongs to a spot of {name!r}: the table's {instance_key!r} "
-            f"({instances.dtype}, such as {_names(instances[:3])}) and the spots' index ({shapes.index.dtype}, such "
-            f"as {_names(shapes.index[:3])}) have nothing in common. Note that 1 and '1' are different."
+            f"({instances.dtype}, such as {listed(instances[:3])}) and the spots' index ({shapes.index.dtype}, such "
+            f"as {listed(shapes.index[:3])}) have nothing in common. Note that 1 and '1' are different."
         )
     if not found.all():
         logg.warning(f"{(~found).sum()} of {len(rows)} rows of {name!r} have no spot in `sdata.shapes`: left out.")
@@ -335,136 +320,3 @@ def _match_rows(shapes: gpd.GeoDataFrame, table: AnnData, name: str) -> tuple[np
     if n_extra := len(shapes) - int(found.sum()):
         logg.info(f"{n_extra} of {len(shapes)} spots of {name!r} have no row in the table.")
     return rows[found].astype(np.int64), of_shape[found]
-
-
-def _choose_image(
-    sdata: SpatialData, name: str, xy: np.ndarray, image_key: str | None, coordinate_system: str | None
-) -> _Candidate:
-    if image_key is not None and image_key not in sdata.images:
-        raise KeyError(f"No image {image_key!r} in `sdata.images`; it has {_names(sdata.images)}.")
-    if image_key is not None and _is_volume(sdata.images[image_key]):
-        raise ValueError(f"The image {image_key!r} is a volume; expected two dimensions and channels.")
-    keys = [image_key] if image_key is not None else [key for key in sdata.images if not _is_volume(sdata.images[key])]
-    maps = {key: _map_to_pixels(sdata, name, key, coordinate_system) for key in keys}
-    shared = {key: found for key, found in maps.items() if found is not None}
-    if not shared:
-        systems = {key: _systems(sdata.images[key]) for key in keys}
-        known = "; ".join(f"image {key!r}: {_names(found)}" for key, found in systems.items())
-        wanted = "" if coordinate_system is None else f" {coordinate_system!r}"
-        raise ValueError(
-            f"The spots {name!r} (in {_names(_systems(sdata.shapes[name]))}) share no coordinate system{wanted} with "
-            f"an image ({known}). Relate them with `spatialdata.transformations.set_transformation`."
-        )
-
-    candidates = []
-    for key, (system, affine) in shared.items():
-        image = _full_resolution(sdata.images[key])
-        x, y = _apply(affine, xy).T
-        on_image = (x >= 0) & (x < image.sizes["x"]) & (y >= 0) & (y < image.sizes["y"])
-        per_unit = float(np.sqrt(abs(np.linalg.det(affine[:2, :2]))))
-        candidates.append(_Candidate(key, system, affine, per_unit, int(on_image.sum())))
-    under = [c for c in candidates if c.n_on_image]
-    if not under:
-        sizes = "; ".join(
-            f"{c.image_key!r} is {_full_resolution(sdata.images[c.image_key]).sizes['x']} x "
-            f"{_full_resolution(sdata.images[c.image_key]).sizes['y']} pixels, the spots' centres span "
-            f"x {_span(_apply(c.affine, xy)[:, 0])}, y {_span(_apply(c.affine, xy)[:, 1])}"
-            for c in candidates
-        )
-        raise ValueError(f"All spots of {name!r} lie off the image ({sizes}). Check the transformations.")
-    if image_key is None:
-        coloured = [c for c in under if _full_resolution(sdata.images[c.image_key]).sizes["c"] in (3, 4)]
-        under = coloured or under
-        # A finer image of a detail would leave the other spots without pixels.
-        under = [c for c in under if 2 * c.n_on_image > max(other.n_on_image for other in under)]
-    under.sort(key=lambda c: -c.pixels_per_unit)
-    finest = [c for c in under if under[0].pixels_per_unit < _SAME_RESOLUTION * c.pixels_per_unit]
-    if len(finest) > 1:
-        raise ValueError(
-            f"The images {_names(c.image_key for c in finest)} have the same resolution and lie both under the spots "
-            f"{name!r}. Choose one with `image_key` (or `image_key={{{name!r}: ...}}` when there are several sections)."
-        )
-    if len(under) > 1:
-        coarser = ", ".join(f"{c.image_key!r} ({c.pixels_per_unit / under[0].pixels_per_unit:.3g}x)" for c in under[1:])
-        logg.info(f"{name!r}: taking the finest image {under[0].image_key!r}, not {coarser}.")
-    return under[0]
-
-
-def _map_to_pixels(
-    sdata: SpatialData, shapes_key: str, image_key: str, coordinate_system: str | None
-) -> tuple[str, np.ndarray] | None:
-    """A coordinate system that both elements know, and the 3 x 3 affine from the spots' coordinates to pixels."""
-    shapes, image = sdata.shapes[shapes_key], sdata.images[image_key]
-    common = [system for system in _systems(shapes) if system in _systems(image)]
-    if coordinate_system is not None:
-        common = [system for system in common if system == coordinate_system]
-    if not common:
-        return None
-    maps = {}
-    for system in common:
-        to_world = [
-            get_transformation(element, system).to_affine_matrix(("x", "y"), ("x", "y")) for element in (image, shapes)
-        ]
-        maps[system] = np.linalg.solve(to_world[0], to_world[1])
-    first = common[0]
-    x0, y0, x1, y1 = shapes.total_bounds
-    corners = np.array([[x0, y0], [x0, y1], [x1, y0], [x1, y1]])
-    for system in common[1:]:
-        if np.abs(_apply(maps[system], corners) - _apply(maps[first], corners)).max() > _SAME_MAP_PX:
-            raise ValueError(
-                f"The spots {shapes_key!r} and the image {image_key!r} share the coordinate systems {_names(common)}, "
-                "which place the spots differently on the image. Choose one with `coordinate_system`."
-            )
-    return first, maps[first]
-
-
-def _full_resolution(image: xr.DataArray | xr.DataTree) -> xr.DataArray:
-    """Level 0 of a single- or multi-scale image, as ``(c, y, x)``."""
-    if isinstance(image, xr.DataTree):
-        image = next(iter(image["scale0"].ds.values()))
-    return image.transpose("c", "y", "x")
-
-
-def _is_volume(image: xr.DataArray | xr.DataTree) -> bool:
-    return "z" in (image["scale0"].dims if isinstance(image, xr.DataTree) else image.dims)
-
-
-def _rgb_positions(image: xr.DataArray, image_key: str) -> tuple[int, int, int]:
-    names = [str(c) for c in image.coords["c"].values] if "c" in image.coords else []
-    n = image.sizes["c"]
-    if n not in (3, 4):
-        raise ValueError(
-            f"The image {image_key!r} has {n} channel(s) {_names(names)}; expected 3 (red, green, blue) or 4 (with "
-            "alpha). Choose the H&E image with `image_key`."
-        )
-    if names in ([], [str(i) for i in range(n)]):
-        order = list(range(n))  # unnamed channels come as red, green, blue(, alpha)
-    else:
-        order = [_CHANNEL_NAMES.get(c.lower(), -1) for c in names]
-        if sorted(order) != list(range(n)):
-            raise ValueError(
-                f"The channels of the image {image_key!r} are named {_names(names)}, which are not red, green and "
-                "blue. Choose the H&E image with `image_key`, or name its channels 'r', 'g', 'b'."
-            )
-    if n == 4:
-        logg.info(f"Dropping the alpha channel of the image {image_key!r}.")
-    return order.index(0), order.index(1), order.index(2)
-
-
-def _systems(element: Any) -> list[str]:
-    return list(get_transformation(element, get_all=True))
-
-
-def _apply(affine: np.ndarray, xy: np.ndarray) -> np.ndarray:
-    return xy @ affine[:2, :2].T + affine[:2, 2]
-
-
-def _span(values: np.ndarray) -> str:
-    return f"{values.min():.0f} to {values.max():.0f}"
-
-
-def _names(keys: Any) -> str:
-    shown = [f"{key!r}" if isinstance(key, str) else str(key) for key in keys]
-    if len(shown) > 12:
-        shown = [*shown[:12], f"... ({len(shown)} in all)"]
-    return "[" + ", ".join(shown) + "]"

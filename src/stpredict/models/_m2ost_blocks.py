@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from stpredict.models import _m2ost_cpu
 
 # Whether the CPU has AMX; older torch cannot tell.
-AMX = getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16", False)
+AMX = bool(getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16", False))
 
 
 class TokenLinear(nn.Linear):

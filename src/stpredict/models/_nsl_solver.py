@@ -102,9 +102,9 @@ def merge_rare_colours(
     if len(od) <= at_most:
         return fractions, od
     kept = np.argsort(-np.asarray(fractions.sum(axis=0)).ravel(), kind="stable")[:at_most]
-    nearest = cKDTree(od[kept]).query(od)[1]
+    nearest = np.asarray(cKDTree(od[kept]).query(od)[1])
     nearest[kept] = np.arange(at_most)
-    merge = sp.csr_matrix((np.ones(len(od)), (np.arange(len(od)), nearest)), shape=(len(od), at_most))
+    merge = sp.coo_matrix((np.ones(len(od)), (np.arange(len(od)), nearest)), shape=(len(od), at_most)).tocsr()
     return sp.csr_matrix(fractions @ merge), od[kept]
 
 
