@@ -44,6 +44,7 @@ def her2st_arrays() -> tuple[Any, np.ndarray, np.ndarray]:
 def fit(n_genes: int | None, device: str) -> Iterator[Callable[[], dict[str, Any]]]:
     """Fit the genes of highest mean expression, or all that are detected in any spot."""
     from stpredict.models import NSL
+    from stpredict.models._nsl_solver import MAX_COLOURS
     from stpredict.models._stains import RUIFROK_JOHNSTON, stain_matrix
 
     fractions, od, expression = her2st_arrays()
@@ -59,7 +60,7 @@ def fit(n_genes: int | None, device: str) -> Iterator[Callable[[], dict[str, Any
             "colours": fractions.shape[1],
             "steps": int(model.n_iter.sum()),
             "converged": float(model.converged.mean()),
-            "gflop": 2e-9 * fractions.shape[0] * fractions.shape[1] * 6 * float(model.n_iter.sum() + len(genes)),
+            "gflop": 2e-9 * fractions.shape[0] * min(fractions.shape[1], MAX_COLOURS) * 6 * float(model.n_iter.sum() + len(genes)),
         }
 
     yield run
