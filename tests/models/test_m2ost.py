@@ -16,9 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import mse_loss, scaled_dot_product_attention
+from torch.nn.functional import linear, mse_loss, scaled_dot_product_attention
 
-from stpredict.models import _m2ost_authors, _m2ost_blocks
+from stpredict.models import _m2ost_authors, _m2ost_blocks, _m2ost_cpu
 from stpredict.models._m2ost_blocks import SelfAttention, attend, summarise
 from stpredict.models.m2ost import M2OST, PRESETS
 
@@ -313,15 +313,42 @@ def test_last_block_computes_the_class_tokens_of_the_whole_block() -> None:
 
 
 @pytest.mark.parametrize("short", [False, True])
-def test_attention_by_hand_is_the_fused_one(short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_m2ost_blocks, "AMX", False)
+def test_attention_is_torchs(short: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = torch.randn(3, 4, 2, 7, 8, generator=torch.Generator().manual_seed(0))
     k, v = k[:, :, :5], v[:, :, :5]
     fused = scaled_dot_product_attention(q, k, v).transpose(1, 2)
     expected = summarise(fused) if short else fused
     torch.testing.assert_close(attend(q, k, v, summary=short), expected)
+    monkeypatch.setattr(_m2ost_blocks, "AMX", False)
     by_hand = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), summary=short)
     torch.testing.assert_close(by_hand.float(), expected, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("at_a_time", [1, 100, 2**20])
+def test_onednn_attention_and_its_gradients_are_torchs(at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_m2ost_cpu, "WEIGHTS", at_a_time)
+    random = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(5, 3, n, 4, generator=random, requires_grad=True) for n in (7, 6, 6))
+    ours = _m2ost_cpu.attention(q, k, v)
+    fused = scaled_dot_product_attention(q, k, v).transpose(1, 2)
+    torch.testing.assert_close(ours, fused)
+    gradient = torch.randn(ours.shape, generator=random)
+    for a, b in zip(*(torch.autograd.grad(out, (q, k, v), gradient) for out in (ours, fused)), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_onednn_attention_loses_no_digits_where_tokens_are_alike() -> None:
+    # As CTMM has no residual, the tokens of a level do become alike.
+    q, k, v = (torch.randn(2, 3, 600, 16, generator=torch.Generator().manual_seed(i)) for i in range(3))
+    v = 10 + 1e-3 * v
+    expected = scaled_dot_product_attention(q.double(), k.double(), v.double()).transpose(1, 2)
+    assert (_m2ost_cpu.attention(q, k, v) - expected).abs().max() < 2e-6
+
+
+def test_onednn_linear_map_is_torchs() -> None:
+    x, weight, bias = torch.randn(2, 5, 7), torch.randn(3, 7), torch.randn(3)
+    torch.testing.assert_close(_m2ost_cpu.linear(x, weight, bias), linear(x, weight, bias))
+    torch.testing.assert_close(_m2ost_cpu.linear(x.mT.contiguous().mT, weight, None), linear(x, weight))
 
 
 @pytest.mark.parametrize("fused", [False, True])

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from os import PathLike
     from pathlib import Path
 
-# Float32 numbers in the largest temporary of a prediction.
-_MAX_ELEMENTS = 2**27
+# Numbers in the largest temporary of a prediction: 256 MB.
+_MAX_ELEMENTS = 2**25
 
 
 @dataclass(frozen=True, repr=False, eq=False)
