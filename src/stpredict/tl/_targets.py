@@ -140,7 +140,8 @@ def fitted_to(table: AnnData, layer: str | None, train_key: str | None) -> dict[
         "layer": "X" if layer is None else layer,
         "transform": "log1p" if layer is None and "log1p" in table.uns else "unknown",
         "train_key": "" if train_key is None else train_key,
-        "versions": {name: version(name) for name in ("stpredict-histology", "torch")},
+        "stpredict_version": version("stpredict-histology"),
+        "torch_version": version("torch"),
     }
 
 
