@@ -54,13 +54,14 @@ def fit(n_genes: int | None, device: str) -> Iterator[Callable[[], dict[str, Any
 
     def run() -> dict[str, Any]:
         model = NSL.fit(fractions, od, expression, genes, reference=stain_matrix(RUIFROK_JOHNSTON), device=device)
+        evaluations = float(model.n_iter.sum() + len(genes))
         return {
             "genes": len(genes),
             "spots": fractions.shape[0],
             "colours": fractions.shape[1],
             "steps": int(model.n_iter.sum()),
             "converged": float(model.converged.mean()),
-            "gflop": 2e-9 * fractions.shape[0] * min(fractions.shape[1], MAX_COLOURS) * 6 * float(model.n_iter.sum() + len(genes)),
+            "gflop": 2e-9 * evaluations * fractions.shape[0] * min(fractions.shape[1], MAX_COLOURS) * 6,
         }
 
     yield run
