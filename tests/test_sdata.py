@@ -15,7 +15,7 @@ from spatialdata import SpatialData
 from spatialdata.models import Labels2DModel, ShapesModel, TableModel
 from spatialdata.transformations import BaseTransformation, Identity, Scale, Translation, set_transformation
 
-from stpredict._sdata import Section, read_sections, read_table
+from stpredict._sdata import Section, read_sections, read_spots, read_table, section_name
 
 Placements = dict[str, tuple[BaseTransformation, np.ndarray]]
 MakeSData = Callable[..., SpatialData]
@@ -440,3 +440,29 @@ def test_long_lists_are_cut(make_sdata: MakeSData) -> None:
         sdata[f"spots{i}"] = ShapesModel.parse(np.ones((1, 2)), geometry=0, radius=1.0)
     with pytest.raises(KeyError, match=r"'spots10', \.\.\. \(21 in all\)\]"):
         read(sdata, shapes_key="nothing")
+
+
+def test_spots_need_no_image(make_sdata: Callable[..., SpatialData]) -> None:
+    sdata = make_sdata(2, shapes_at="scale", n_without_row=3)
+    sections = read_sections(sdata, sdata["table"])
+    del sdata.images["A_image"], sdata.images["B_image"]
+
+    spots = read_spots(sdata, sdata["table"])
+
+    assert [found.name for found in spots] == ["A_spots", "B_spots"]
+    for found, section in zip(spots, sections, strict=True):
+        shapes = sdata.shapes[found.name].loc[found.instances]
+        np.testing.assert_array_equal(found.rows, section.rows)
+        np.testing.assert_array_equal(found.instances, section.instances)
+        np.testing.assert_allclose(found.xy, np.column_stack([shapes.geometry.x, shapes.geometry.y]))
+        np.testing.assert_allclose(found.radii, shapes["radius"])
+
+
+def test_section_is_named_by_obs_where_its_rows_agree(make_sdata: Callable[..., SpatialData]) -> None:
+    sdata = make_sdata(2)
+    table = sdata["table"]
+    first, second = read_spots(sdata, table)
+    table.obs.loc[table.obs_names[second.rows[0]], "section"] = "A"
+
+    assert section_name(first, table) == "A"
+    assert section_name(second, table) == "B_spots"

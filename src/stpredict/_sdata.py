@@ -19,6 +19,31 @@ from stpredict._images import apply_affine, choose_image, full_resolution, liste
 
 
 @dataclass(frozen=True)
+class Spots:
+    """One spots element and its rows of the table.
+
+    Attributes
+    ----------
+    name
+        Key in ``sdata.shapes``.
+    xy
+        ``(n, 2)`` centres in the spots' own coordinates, x before y.
+    radii
+        ``(n,)`` radii in the spots' own units.
+    instances
+        ``(n,)`` the spots' index in ``sdata.shapes``.
+    rows
+        ``(n,)`` the spots' rows in the table; without a table, the rows that they have in one of all the elements.
+    """
+
+    name: str
+    xy: np.ndarray = field(repr=False)
+    radii: np.ndarray = field(repr=False)
+    instances: np.ndarray = field(repr=False)
+    rows: np.ndarray = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Section:
     """One spots element, the image that it lies on, and its rows of the table.
 
@@ -185,25 +210,60 @@ def read_sections(
         Nothing fits or several things do; the message lists them and says which argument chooses.
     """
     names = _shapes_keys(sdata, table, shapes_key)
+    if not len(sdata.images):
+        raise ValueError("There is no image in `sdata.images`. Add the H&E image with `Image2DModel.parse`.")
     if isinstance(image_key, Mapping) and (unknown := set(image_key) - set(names)):
         raise KeyError(f"`image_key` names the spots {listed(unknown)}, but the spots to read are {listed(names)}.")
     if coordinate_system is not None and coordinate_system not in sdata.coordinate_systems:
         raise KeyError(
             f"No coordinate system {coordinate_system!r}; the elements know {listed(sorted(sdata.coordinate_systems))}."
         )
-    sections: list[Section] = []
-    for name in names:
-        key = image_key.get(name) if isinstance(image_key, Mapping) else image_key
-        first_row = sum(len(section.rows) for section in sections)
-        sections.append(_read_section(sdata, table, name, key, coordinate_system, first_row))
-    return sections
+    return [
+        _read_section(
+            sdata, spots, image_key.get(spots.name) if isinstance(image_key, Mapping) else image_key, coordinate_system
+        )
+        for spots in _read_spots(sdata, table, names)
+    ]
+
+
+def read_spots(sdata: SpatialData, table: AnnData, *, shapes_key: str | Sequence[str] | None = None) -> list[Spots]:
+    """Pair spots with their rows of the table; no image is needed.
+
+    Parameters
+    ----------
+    sdata
+        Spots.
+    table
+        The table that annotates them.
+    shapes_key
+        Key or keys in ``sdata.shapes``. `None` takes all spots that the table annotates.
+
+    Returns
+    -------
+    One per spots element, in the order of the table's regions.
+
+    Raises
+    ------
+    KeyError
+        An element does not exist.
+    ValueError
+        The table annotates no spots, or rows and spots do not fit.
+    """
+    return _read_spots(sdata, table, _shapes_keys(sdata, table, shapes_key))
+
+
+def section_name(section: Section | Spots, table: AnnData) -> str:
+    """``obs["section"]`` where all of the section's rows agree on it, else the key of its spots."""
+    if "section" in table.obs:
+        names = table.obs["section"].iloc[section.rows].unique()
+        if len(names) == 1:
+            return str(names[0])
+    return section.name
 
 
 def _shapes_keys(sdata: SpatialData, table: AnnData | None, shapes_key: str | Sequence[str] | None) -> list[str]:
     if not len(sdata.shapes):
         raise ValueError("There are no spots in `sdata.shapes`. Spots are circles made with `ShapesModel.parse`.")
-    if not len(sdata.images):
-        raise ValueError("There is no image in `sdata.images`. Add the H&E image with `Image2DModel.parse`.")
     if shapes_key is not None:
         names = [shapes_key] if isinstance(shapes_key, str) else list(shapes_key)
         if len(set(names)) < len(names):
@@ -240,39 +300,37 @@ def _shapes_keys(sdata: SpatialData, table: AnnData | None, shapes_key: str | Se
     return names
 
 
-def _read_section(
-    sdata: SpatialData,
-    table: AnnData | None,
-    name: str,
-    image_key: str | None,
-    coordinate_system: str | None,
-    first_row: int,
-) -> Section:
-    shapes = sdata.shapes[name]
-    xy, radii = _circles(shapes, name)
-    if table is None:
-        of_shape = np.arange(len(shapes))
-        rows = first_row + of_shape
-    else:
-        rows, of_shape = _match_rows(shapes, table, name)
-    xy, radii = xy[of_shape], radii[of_shape]
+def _read_spots(sdata: SpatialData, table: AnnData | None, names: list[str]) -> list[Spots]:
+    found: list[Spots] = []
+    for name in names:
+        shapes = sdata.shapes[name]
+        xy, radii = _circles(shapes, name)
+        if table is None:
+            of_shape = np.arange(len(shapes))
+            rows = sum(len(spots.rows) for spots in found) + of_shape
+        else:
+            rows, of_shape = _match_rows(shapes, table, name)
+        found.append(Spots(name, xy[of_shape], radii[of_shape], shapes.index.to_numpy()[of_shape], rows))
+    return found
 
-    chosen = choose_image(sdata, name, xy, image_key, coordinate_system)
+
+def _read_section(sdata: SpatialData, spots: Spots, image_key: str | None, coordinate_system: str | None) -> Section:
+    chosen = choose_image(sdata, spots.name, spots.xy, image_key, coordinate_system)
     image = full_resolution(sdata.images[chosen.image_key])
-    centers = apply_affine(chosen.affine, xy)
+    centers = apply_affine(chosen.affine, spots.xy)
     if chosen.n_on_image < len(centers):
-        logg.warning(f"{len(centers) - chosen.n_on_image} of {len(centers)} spots of {name!r} lie off the image.")
+        logg.warning(f"{len(centers) - chosen.n_on_image} of {len(centers)} spots of {spots.name!r} lie off the image.")
     return Section(
-        name=name,
+        name=spots.name,
         image_key=chosen.image_key,
         coordinate_system=chosen.coordinate_system,
         pixels=da.asarray(image.data),
         channels=rgb_positions(image, chosen.image_key),
         affine=chosen.affine,
         centers=centers,
-        radii=radii,
-        instances=shapes.index.to_numpy()[of_shape],
-        rows=rows,
+        radii=spots.radii,
+        instances=spots.instances,
+        rows=spots.rows,
     )
 
 

@@ -16,9 +16,9 @@ from matplotlib.lines import Line2D
 from scipy.spatial import cKDTree
 from spatialdata import SpatialData
 
-from stpredict._sdata import Section, read_sections, read_table
+from stpredict._sdata import Section, read_sections, read_table, section_name
 from stpredict.pl._axes import take_axes
-from stpredict.pl._sections import draw_scale_bar, micrometres_per_pixel, section_name
+from stpredict.pl._sections import draw_scale_bar, micrometres_per_pixel
 from stpredict.pl._tissue import View, tissue_in_view, view_of_spots
 
 # Values beyond these percentiles are off the colour scale: in legacy arrays some 3 % of the spots miss an abundant gene

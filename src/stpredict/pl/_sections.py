@@ -1,4 +1,4 @@
-"""What pictures say about a section: its name and its scale."""
+"""The scale of a section in pictures."""
 
 from __future__ import annotations
 
@@ -10,16 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.font_manager import FontProperties
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar  # type: ignore[import-untyped]
 
-from stpredict._sdata import Section
-
-
-def section_name(section: Section, table: AnnData) -> str:
-    """``obs["section"]`` where all of the section's rows agree on it, else the key of its spots."""
-    if "section" in table.obs:
-        names = table.obs["section"].iloc[section.rows].unique()
-        if len(names) == 1:
-            return str(names[0])
-    return section.name
+from stpredict._sdata import Section, section_name
 
 
 def micrometres_per_pixel(section: Section, table: AnnData) -> float | None:

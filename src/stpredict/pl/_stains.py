@@ -11,9 +11,9 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Circle, Rectangle
 from spatialdata import SpatialData
 
-from stpredict._sdata import Section, read_sections, read_table
+from stpredict._sdata import Section, read_sections, read_table, section_name
 from stpredict.pl._axes import take_axes
-from stpredict.pl._sections import draw_scale_bar, micrometres_per_pixel, section_name
+from stpredict.pl._sections import draw_scale_bar, micrometres_per_pixel
 from stpredict.pp._color_histogram import optical_density
 from stpredict.pp._tiles import to_uint8
 
