@@ -10,7 +10,7 @@ import torch
 
 from stpredict.models.m2ost import M2OST
 from stpredict.tl import _training
-from stpredict.tl._training import RECIPES, Data, NonFiniteLoss, augment, check_settings, train
+from stpredict.tl._training import RECIPES, Data, NonFiniteLoss, augment, train
 
 QUIET = {"enable_progress_bar": False}
 RECIPE = replace(RECIPES["default"], max_epochs=3, batch_size=8, patience=None)
@@ -192,10 +192,3 @@ def test_stain_jitter_changes_optical_density_linearly_and_alike_for_all_levels(
     torch.testing.assert_close(od_jittered, expected.clamp_min(0), rtol=1e-3, atol=1e-4)
     none = augment(images, torch.zeros(3, dtype=torch.int64), torch.zeros(3, 6), 0.1)
     torch.testing.assert_close(none, images / 255, atol=1e-5, rtol=0)
-
-
-def test_settings_of_a_checkpoint_must_be_the_same(tmp_path: Path) -> None:
-    check_settings(tmp_path / "run", {"a": 1, "b": [1, 2]})
-    check_settings(tmp_path / "run", {"a": 1, "b": [1, 2]})
-    with pytest.raises(ValueError, match=r"other settings \(a, c differ\)"):
-        check_settings(tmp_path / "run", {"a": 2, "b": [1, 2], "c": 0})

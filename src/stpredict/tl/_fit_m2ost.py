@@ -16,6 +16,7 @@ from spatialdata import SpatialData
 from stpredict import _results
 from stpredict._sdata import read_sections, read_table
 from stpredict.pp._patches import extract
+from stpredict.tl._resume import check_settings
 from stpredict.tl._split import validation_mask
 from stpredict.tl._targets import fitted_to, read_targets, training_mask
 
@@ -196,7 +197,7 @@ def fit_m2ost(
     }
     folder = None if checkpoint_dir is None else Path(checkpoint_dir)
     if folder is not None:
-        _training.check_settings(folder, {**settings, "network": network.config, "genes": targets.genes})
+        check_settings(folder, {**settings, "network": network.config, "genes": targets.genes})
     patches = extract(
         sections,
         levels=network.config["levels"],

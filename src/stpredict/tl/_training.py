@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import logging
 import math
 import warnings
@@ -323,22 +322,6 @@ def augment(patches: torch.Tensor, symmetry: torch.Tensor, jitter: torch.Tensor,
     factor, offset = (stain_jitter * jitter).view(-1, 2, 1, 3, 1, 1).unbind(1)
     od = -torch.log((patches.float() + 1) / 256)
     return ((256 * torch.exp(-(od * factor.exp() + offset)) - 1) / 255).clamp(0, 1)
-
-
-def check_settings(checkpoint_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse to go on from a checkpoint of a run with other settings; note them down for the next one."""
-    file = checkpoint_dir / "settings.json"
-    text = json.dumps(settings, indent=1, sort_keys=True)
-    if file.is_file():
-        before = json.loads(file.read_text())
-        now = json.loads(text)
-        if changed := sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):
-            raise ValueError(
-                f"{str(checkpoint_dir)!r} holds a run with other settings ({', '.join(changed)} differ); choose another "
-                "`checkpoint_dir`, or delete it to begin anew."
-            )
-    checkpoint_dir.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
 
 
 def as_settings(recipe: Recipe) -> dict[str, Any]:
