@@ -92,7 +92,7 @@ def compare_gradients(model: M2OST, expected: dict[str, list[float]], tolerance:
         assert gradient is not None, ours
         for name, part in zip(theirs, gradient.chunk(len(theirs)), strict=True):
             # Some gradients are next to nothing and drown in the rounding of others, whose total norm is about 10.
-            scale = expected[name][0] + 0.01
+            scale = expected[name][0] + 0.05
             assert summary(part) == pytest.approx(expected[name], abs=tolerance * scale), name
             compared.add(name)
     assert compared == expected.keys()

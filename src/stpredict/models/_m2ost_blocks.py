@@ -33,9 +33,10 @@ def split_heads(x: Tensor, heads: int) -> tuple[Tensor, ...]:
 def _by_hand(x: Tensor) -> bool:
     """Whether attention is faster as products and softmax one by one than fused.
 
-    With AVX512-BF16 oneDNN's products are fast in bfloat16; torch's fused kernel is, on a CPU, with AMX only.
+    oneDNN's products are fast in bfloat16 on any CPU that has it. torch's fused kernel is with AMX only, and its backward
+    pass never.
     """
-    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not AMX
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16 and not (AMX and not torch.is_grad_enabled())
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0, summary: bool = False) -> Tensor:
