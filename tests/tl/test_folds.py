@@ -62,7 +62,7 @@ def test_patients_come_before_sections() -> None:
 
 
 def test_folds_of_groups_are_even_and_keep_groups_whole() -> None:
-    table, sections = make({name: n for name, n in zip("abcdefg", (60, 10, 10, 20, 20, 30, 30), strict=True)})
+    table, sections = make(dict(zip("abcdefg", (60, 10, 10, 20, 20, 30, 30), strict=True)))
     how, found = folds(table, sections, n_folds=3)
     assert how == "3 folds of whole sections"
     assert [int(fold.test.sum()) for fold in found] == [60, 60, 60]

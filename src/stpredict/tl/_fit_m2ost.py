@@ -14,11 +14,11 @@ from scanpy import logging as logg
 from spatialdata import SpatialData
 
 from stpredict import _results
-from stpredict._sdata import read_sections, read_table
 from stpredict.pp._patches import extract
+from stpredict.tl._inputs import read_inputs
 from stpredict.tl._resume import check_settings
 from stpredict.tl._split import validation_mask
-from stpredict.tl._targets import fitted_to, read_targets, training_mask
+from stpredict.tl._targets import fitted_to
 
 if TYPE_CHECKING:
     from stpredict.models.fitted_m2ost import FittedM2OST
@@ -140,7 +140,6 @@ def fit_m2ost(
     """
     import torch
 
-    from stpredict.models._device import resolve_device
     from stpredict.models.fitted_m2ost import FittedM2OST
     from stpredict.models.m2ost import M2OST
     from stpredict.tl import _training
@@ -160,17 +159,19 @@ def fit_m2ost(
         raise ValueError(f"Expected positive `max_epochs`, `batch_size` and `learning_rate`, got {plan}.")
     if not 0 <= validation < 1:
         raise ValueError(f"`validation` is {validation!r}; expected a share from 0 (none) to below 1.")
-    device = resolve_device(device)
-    _, table = read_table(sdata, table_key)
-    _results.check_key(table, key_added)
-    training = training_mask(table, train_key)
-    sections = read_sections(
-        sdata, table, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system
+    table, sections, _, targets, device = read_inputs(
+        sdata,
+        genes=genes,
+        train_key=train_key,
+        layer=layer,
+        min_spots=_MIN_SPOTS,
+        key_added=key_added,
+        image_key=image_key,
+        shapes_key=shapes_key,
+        table_key=table_key,
+        coordinate_system=coordinate_system,
+        device=device,
     )
-    on_image = np.zeros(table.n_obs, dtype=bool)
-    for section in sections:
-        on_image[section.rows] = section.on_image
-    targets = read_targets(table, np.flatnonzero(training & on_image), genes=genes, layer=layer, min_spots=_MIN_SPOTS)
     is_validation, how = np.zeros(len(targets.rows), dtype=bool), "none"
     if validation > 0:
         is_validation, how = validation_mask(

@@ -11,9 +11,9 @@ from scanpy import logging as logg
 from spatialdata import SpatialData
 
 from stpredict import _results
-from stpredict._sdata import read_sections, read_table
 from stpredict.pp._color_histogram import DEFAULT_BITS, DEFAULT_FIELD, ColorHistogram, cached_color_histogram
-from stpredict.tl._targets import fitted_to, read_targets, training_mask
+from stpredict.tl._inputs import read_inputs
+from stpredict.tl._targets import fitted_to, read_targets
 
 if TYPE_CHECKING:
     from stpredict.models import NSL
@@ -124,7 +124,6 @@ def fit_nsl(
     True
     """
     from stpredict.models import NSL
-    from stpredict.models._device import resolve_device
 
     if stains not in ("per_gene", "shared"):
         raise ValueError(f"`stains` is {stains!r}; expected 'per_gene' or 'shared'.")
@@ -135,23 +134,23 @@ def fit_nsl(
         raise ValueError(f"`max_iter` is {max_iter!r}; expected at least 1, and an integer.")
     if isinstance(reference, str) and reference not in ("ruifrok", "macenko"):
         raise ValueError(f"`reference` is {reference!r}; expected 'ruifrok', 'macenko' or an array of stain vectors.")
-    device = resolve_device(device)
-    _, table = read_table(sdata, table_key)
-    _results.check_key(table, key_added)
-    training = training_mask(table, train_key)
-    sections = read_sections(
-        sdata, table, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system
+    table, sections, training, targets, device = read_inputs(
+        sdata,
+        genes=genes,
+        train_key=train_key,
+        layer=layer,
+        min_spots=_MIN_SPOTS,
+        key_added=key_added,
+        image_key=image_key,
+        shapes_key=shapes_key,
+        table_key=table_key,
+        coordinate_system=coordinate_system,
+        device=device,
     )
-    on_image = np.zeros(table.n_obs, dtype=bool)
-    for section in sections:
-        on_image[section.rows] = section.on_image
-    # Before any pixel is read, so that a wrong argument costs no time.
-    targets = read_targets(table, np.flatnonzero(training & on_image), genes=genes, layer=layer, min_spots=_MIN_SPOTS)
     histogram = cached_color_histogram(sections, table, bits=bits, field=field)
     seen = histogram.n_pixels > 0
     if not seen[targets.rows].all():  # spots smaller than a pixel
-        rows = np.flatnonzero(training & on_image & seen)
-        targets = read_targets(table, rows, genes=genes, layer=layer, min_spots=_MIN_SPOTS)
+        targets = read_targets(table, targets.rows[seen[targets.rows]], genes=genes, layer=layer, min_spots=_MIN_SPOTS)
     if n_left_out := int(training.sum()) - len(targets.rows):
         logg.info(f"{n_left_out} training spots have no pixels on an image and are left out.")
     fractions = color_fractions(histogram)

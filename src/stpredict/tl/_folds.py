@@ -108,7 +108,7 @@ def _group_folds(kind: str, labels: np.ndarray, rows: np.ndarray, n_folds: int |
     names, sizes = np.unique(labels[rows].astype(str), return_counts=True)
     if len(names) < 2:
         raise ValueError(
-            f"All spots are of one group, {kind} {names[0]!r}: leaving it out leaves nothing to fit on. Use another "
+            f"All spots are of one group, {kind} {str(names[0])!r}: leaving it out leaves nothing to fit on. Use another "
             "`group_key`, or `split='blocks'` to hold out parts of the section."
         )
     if small := [f"{name} ({size})" for name, size in zip(names, sizes, strict=True) if size < _MIN_TEST]:

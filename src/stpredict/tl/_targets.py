@@ -129,7 +129,7 @@ def read_targets(
             "`adata.layers['counts'] = adata.X.copy()`, then call `sc.pp.normalize_total(adata, target_sum=1e4)` and "
             "`sc.pp.log1p(adata)`.",
             UserWarning,
-            stacklevel=3,
+            stacklevel=4,  # the caller of the fit function
         )
     return Targets(list(names), rows, values)
 
