@@ -104,6 +104,20 @@ def test_one_name(table: AnnData) -> None:
     assert read(table, "ERBB2").genes == ["ERBB2"]
 
 
+def test_a_number_takes_the_genes_of_highest_mean_on_training_spots(table: AnnData) -> None:
+    table.X[30:, 5] = 100  # held out
+    by_mean = table.var_names[np.argsort(-table.X[:30].mean(axis=0))]
+    expected = [gene for gene in table.var_names if gene in by_mean[:3] and gene != "MT-CO1"]  # which is constant
+    assert read(table, 3).genes == expected
+    assert "ZEB1" not in read(table, np.int64(5)).genes
+
+
+@pytest.mark.parametrize("number", [0, -2, True])
+def test_a_number_that_is_not_positive(table: AnnData, number: int) -> None:
+    with pytest.raises(ValueError, match=f"`genes` is {number}; expected a positive number of genes"):
+        read(table, number)
+
+
 @pytest.mark.parametrize("dtype", ["bool", "boolean"])
 def test_boolean_column_of_var(table: AnnData, dtype: str) -> None:
     table.var["panel"] = pd.Series([True, False, True, False, True, False], table.var_names, dtype=dtype)

@@ -31,7 +31,7 @@ _MIN_SPOTS = 16
 def fit_m2ost(
     sdata: SpatialData,
     *,
-    genes: str | Sequence[str] | None = None,
+    genes: int | str | Sequence[str] | None = None,
     train_key: str | None = None,
     layer: str | None = None,
     preset: str = "small",

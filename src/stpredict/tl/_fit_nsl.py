@@ -25,7 +25,7 @@ _MIN_SPOTS = 12
 def fit_nsl(
     sdata: SpatialData,
     *,
-    genes: str | Sequence[str] | None = None,
+    genes: int | str | Sequence[str] | None = None,
     train_key: str | None = None,
     layer: str | None = None,
     stains: Literal["per_gene", "shared"] = "per_gene",
@@ -57,8 +57,8 @@ def fit_nsl(
         Images, spots, and a table with log-normalised expression.
     genes
         Names; one name; a boolean column of ``var``; ``"highly_variable"`` (``var["highly_variable"]``, or, when there
-        is none, scanpy's choice on the training spots); `None` takes all genes detected in at least 10 % of the
-        training spots.
+        is none, scanpy's choice on the training spots); a number, of the genes of highest mean expression on the
+        training spots; `None` takes all genes detected in at least 10 % of the training spots.
     train_key
         Boolean column of ``obs``: `True` for spots to fit on. The others are predicted but never looked at while
         fitting, nor in the selection of genes. `None` fits on all spots.

@@ -30,7 +30,7 @@ class Inputs(NamedTuple):
 def read_inputs(
     sdata: SpatialData,
     *,
-    genes: str | Sequence[str] | None,
+    genes: int | str | Sequence[str] | None,
     train_key: str | None,
     layer: str | None,
     min_spots: int,

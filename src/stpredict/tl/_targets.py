@@ -64,7 +64,7 @@ def read_targets(
     table: AnnData,
     rows: np.ndarray,
     *,
-    genes: str | Sequence[str] | None,
+    genes: int | str | Sequence[str] | None,
     layer: str | None,
     min_spots: int,
 ) -> Targets:
@@ -77,8 +77,7 @@ def read_targets(
     rows
         Positions of the training rows.
     genes
-        Names, one name, a boolean column of ``var``, ``"highly_variable"`` (found on the training rows when ``var`` has
-        no such column), or `None` for all genes detected in at least 10 % of the training rows.
+        As for :func:`select_genes`.
     layer
         Key in ``layers``. `None` means ``X``.
     min_spots
@@ -101,9 +100,10 @@ def read_targets(
     matrix = sp.csr_matrix(matrix[rows])
     where = "`X`" if layer is None else f"`layers[{layer!r}]`"
 
-    named = genes is not None and not isinstance(genes, str)
-    columns = _select_genes(table, matrix, rows, genes)
-    named = named or (isinstance(genes, str) and genes not in table.var)
+    named = not (
+        genes is None or isinstance(genes, int | np.integer) or (isinstance(genes, str) and genes in table.var)
+    )
+    columns = select_genes(table, matrix, genes)
     values = matrix[:, columns].toarray().astype(np.float32)
     names = table.var_names[columns]
 
@@ -145,14 +145,34 @@ def fitted_to(table: AnnData, layer: str | None, train_key: str | None) -> dict[
     }
 
 
-def _select_genes(
-    table: AnnData, matrix: sp.csr_matrix, rows: np.ndarray, genes: str | Sequence[str] | None
-) -> np.ndarray:
+def select_genes(table: AnnData, matrix: sp.csr_matrix, genes: int | str | Sequence[str] | None) -> np.ndarray:
+    """Columns of genes, chosen by their expression on training rows.
+
+    Parameters
+    ----------
+    table
+        Names of genes, and columns of ``var``.
+    matrix
+        ``(n, n_vars)`` expression of the training rows.
+    genes
+        Names, one name, a boolean column of ``var``, ``"highly_variable"`` (found on the training rows when ``var`` has
+        no such column), a number, of the genes of highest mean on the training rows, or `None` for all genes detected in
+        at least 10 % of them.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        Genes that are unknown or named twice, a column that is not boolean, or a number that is not positive.
+    """
     if genes is None:
         detected = np.asarray((matrix > 0).mean(axis=0)).ravel()
         columns = np.flatnonzero(detected >= MIN_DETECTED)
         logg.info(f"Modelling the {len(columns)} genes detected in at least {MIN_DETECTED:.0%} of the training spots.")
         return columns
+    if isinstance(genes, int | np.integer):
+        if isinstance(genes, bool) or genes < 1:
+            raise ValueError(f"`genes` is {genes!r}; expected a positive number of genes.")
+        return np.sort(np.argsort(-np.asarray(matrix.mean(axis=0)).ravel(), kind="stable")[:genes])
     if isinstance(genes, str) and genes in table.var:
         column = table.var[genes]
         if str(column.dtype) not in ("bool", "boolean"):
