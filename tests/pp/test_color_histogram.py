@@ -19,6 +19,7 @@ from spatialdata.transformations import BaseTransformation, Identity, Translatio
 import stpredict as stp
 from stpredict.pp import ColorHistogram, _color_histogram, _tiles
 from stpredict.pp._color_histogram import codebook_od, optical_density
+from stpredict.pp._footprints import whole_pixels
 
 Placements = dict[str, tuple[BaseTransformation, np.ndarray]]
 MakeSData = Callable[..., SpatialData]
@@ -403,10 +404,6 @@ def test_compiled_and_plain_counting_agree() -> None:
         _color_histogram._count(*arguments), _color_histogram._count.py_func(*arguments), strict=True
     ):
         np.testing.assert_array_equal(compiled, plain)
-    np.testing.assert_array_equal(
-        _color_histogram._whole_pixels(centers, conic), _color_histogram._whole_pixels.py_func(centers, conic)
-    )
-    assert _color_histogram._chord.py_func(9.0, conic[0], 5.0) == (0, 0)
 
 
 def test_room_for_colours_grows(new_image: Callable[..., Any]) -> None:
@@ -418,7 +415,7 @@ def test_room_for_colours_grows(new_image: Callable[..., Any]) -> None:
         rgb, 0, 0, center, conic, np.array([30.0]), 8, np.zeros(256, dtype=np.int64)
     )
     assert indptr[-1] == len(bins) > 1024
-    assert counts.sum() == _color_histogram._whole_pixels(center, conic)[0]
+    assert counts.sum() == whole_pixels(center, conic)[0]
     assert len(np.unique(bins)) == len(bins)
 
 

@@ -11,20 +11,17 @@ import numba
 import numpy as np
 import scipy.sparse as sp
 from anndata import AnnData
-from scanpy import logging as logg
 from spatialdata import SpatialData
 from tqdm.dask import TqdmCallback
 
 from stpredict import _results
 from stpredict._sdata import Section, read_sections, read_table
+from stpredict.pp._footprints import Footprints, chord, footprints, warn_of_tiny_spots, whole_pixels
 from stpredict.pp._tiles import Tile, check_dtype, check_range, tiles, to_uint8
 
 # Diameter of the field in spot diameters; docs/explanation/field.md has the cross-validation that chose it.
 DEFAULT_FIELD = 2.0
 DEFAULT_BITS = 5
-
-# Pixels whose centre is on the edge of the field belong to it, whatever rounding says.
-_ON_THE_EDGE = 1e-9
 
 # Optical densities are summed as integers of this unit: the sum is then exact, whatever the order of the pixels.
 _OD_UNIT = 2.0**-32
@@ -182,12 +179,12 @@ def histogram_of_rows(sections: Sequence[Section], *, n_obs: int, bits: int, fie
     """
     for section in sections:
         check_dtype(section)
-    footprints = [_footprints(section, field) for section in sections]
+    places = [footprints(section, field) for section in sections]
     jobs = [
-        (i, tile, dask.delayed(_count_tile)(section.pixels[:, tile.y, tile.x], tile, _local(footprints[i], tile),
+        (i, tile, dask.delayed(_count_tile)(section.pixels[:, tile.y, tile.x], tile, places[i].of(tile.spots),
                                             section.channels, section.image_key, bits))
         for i, section in enumerate(sections)
-        for tile in tiles(section, footprints[i].half_width, footprints[i].half_height)
+        for tile in tiles(section, places[i].half_width, places[i].half_height)
     ]  # fmt: skip
     with TqdmCallback(desc="colour histograms", delay=2, leave=False):
         parts = dask.compute(*[job for _, _, job in jobs])
@@ -222,13 +219,9 @@ def histogram_of_rows(sections: Sequence[Section], *, n_obs: int, bits: int, fie
 
     n_pixels = np.asarray(matrix.sum(axis=1)).ravel()
     whole = np.zeros(n_obs)
-    for section, footprint in zip(sections, footprints, strict=True):
-        whole[section.rows] = _whole_pixels(section.centers, footprint.conic)
-        if n_tiny := int((whole[section.rows] == 0).sum()):
-            logg.warning(
-                f"{n_tiny} spots of {section.name!r} are smaller than a pixel of {section.image_key!r} and have no colour. "
-                "Check their radius and the transformations, or choose a larger `field`."
-            )
+    for section, place in zip(sections, places, strict=True):
+        whole[section.rows] = whole_pixels(section.centers, place.conic)
+        warn_of_tiny_spots(section, whole[section.rows], "field")
     with np.errstate(invalid="ignore", divide="ignore"):
         mean_od = od_sum * _OD_UNIT / n_pixels[:, None]
         coverage = np.where(whole > 0, n_pixels / whole, 0.0)
@@ -270,28 +263,6 @@ def _codebook(bins: np.ndarray, bits: int) -> np.ndarray:
     return (levels << (8 - bits)).astype(np.uint8)
 
 
-class _Footprints(NamedTuple):
-    """The ellipses P·u² + 2·Q·u·v + R·v² ≤ 1, in pixels around each centre, that circles become."""
-
-    centers: np.ndarray
-    conic: np.ndarray
-    half_width: np.ndarray
-    half_height: np.ndarray
-
-
-def _footprints(section: Section, field: float) -> _Footprints:
-    inverse = np.linalg.inv(section.affine[:2, :2])
-    form = inverse.T @ inverse
-    scale = (1 - _ON_THE_EDGE) / (field * section.radii) ** 2
-    conic = scale[:, None] * np.array([form[0, 0], form[0, 1], form[1, 1]])
-    determinant = conic[:, 0] * conic[:, 2] - conic[:, 1] ** 2
-    return _Footprints(section.centers, conic, np.sqrt(conic[:, 2] / determinant), np.sqrt(conic[:, 0] / determinant))
-
-
-def _local(footprints: _Footprints, tile: Tile) -> _Footprints:
-    return _Footprints(*(values[tile.spots] for values in footprints))
-
-
 class _Counts(NamedTuple):
     indptr: np.ndarray
     bins: np.ndarray
@@ -301,7 +272,7 @@ class _Counts(NamedTuple):
 
 
 def _count_tile(
-    block: np.ndarray, tile: Tile, spots: _Footprints, channels: tuple[int, int, int], image_key: str, bits: int
+    block: np.ndarray, tile: Tile, spots: Footprints, channels: tuple[int, int, int], image_key: str, bits: int
 ) -> _Counts:
     rgb = to_uint8(np.asarray(block), channels, image_key)
     od_units = np.rint(optical_density(np.arange(256)) / _OD_UNIT).astype(np.int64)
@@ -309,30 +280,6 @@ def _count_tile(
         rgb, tile.x.start, tile.y.start, spots.centers, spots.conic, spots.half_height, bits, od_units
     )
     return _Counts(indptr, bins, counts, od_sum, int(rgb.max()))
-
-
-@numba.njit(nogil=True, cache=True)
-def _chord(v: float, conic: np.ndarray, center_x: float) -> tuple[int, int]:
-    """First pixel, and the one after the last, of an ellipse in the row that lies ``v`` below its centre."""
-    p, q, r = conic
-    discriminant = (q * v) ** 2 - p * (r * v * v - 1)
-    if discriminant < 0:
-        return 0, 0
-    root = np.sqrt(discriminant)
-    return int(np.ceil(center_x + (-q * v - root) / p - 0.5)), int(np.floor(center_x + (-q * v + root) / p - 0.5)) + 1
-
-
-@numba.njit(nogil=True, cache=True)
-def _whole_pixels(centers: np.ndarray, conic: np.ndarray) -> np.ndarray:
-    """Pixels of each ellipse, on the image or not."""
-    whole = np.zeros(len(centers), dtype=np.int64)
-    for i in range(len(centers)):
-        p, q, r = conic[i]
-        half_height = np.sqrt(p / (p * r - q * q))
-        for y in range(int(np.floor(centers[i, 1] - half_height)), int(np.ceil(centers[i, 1] + half_height)) + 1):
-            start, stop = _chord(y + 0.5 - centers[i, 1], conic[i], centers[i, 0])
-            whole[i] += max(stop - start, 0)
-    return whole
 
 
 @numba.njit(nogil=True, cache=True)
@@ -353,7 +300,7 @@ def _count(rgb, x0, y0, centers, conic, half_height, bits, od_units):  # type: i
         first = max(int(np.floor(centers[i, 1] - half_height[i])) - y0, 0)
         last = min(int(np.ceil(centers[i, 1] + half_height[i])) + 1 - y0, height)
         for y in range(first, last):
-            start, stop = _chord(y + y0 + 0.5 - centers[i, 1], conic[i], centers[i, 0])
+            start, stop = chord(y + y0 + 0.5 - centers[i, 1], conic[i], centers[i, 0])
             for x in range(max(start - x0, 0), min(stop - x0, width)):
                 r, g, b = rgb[0, y, x], rgb[1, y, x], rgb[2, y, x]
                 code = (

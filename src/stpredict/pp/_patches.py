@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from tqdm.auto import tqdm
 
 from stpredict._sdata import Section, read_sections, read_table
 from stpredict.pp._bands import Band, bands
+from stpredict.pp._fingerprints import fingerprints
 from stpredict.pp._store import InMemory, Store, kept_store, new_store
 from stpredict.pp._windows import Windows, box_pyramid, cut_patch, place_windows
 
@@ -247,16 +247,8 @@ def _describe(sections: Sequence[Section], levels: int, image_size: int, field: 
         "levels": int(levels),
         "image_size": int(image_size),
         "field": float(field),
-        "sections": {section.name: {**section.fingerprint, "spots": _digest(section)} for section in sections},
+        "sections": fingerprints(sections),
     }
-
-
-def _digest(section: Section) -> str:
-    """What identifies the spots: rows of the table, centres and sizes."""
-    digest = hashlib.sha256()
-    for values in (section.rows, section.centers, section.radii):
-        digest.update(np.ascontiguousarray(values).tobytes())
-    return digest.hexdigest()
 
 
 def _coverage(section: Section, field: float) -> np.ndarray:
