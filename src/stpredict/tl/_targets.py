@@ -45,19 +45,32 @@ def training_mask(table: AnnData, train_key: str | None) -> np.ndarray:
     """
     if train_key is None:
         return np.ones(table.n_obs, dtype=bool)
-    if train_key not in table.obs:
-        boolean = [name for name in table.obs if str(table.obs[name].dtype) in ("bool", "boolean")]
-        raise KeyError(f"No column {train_key!r} in `obs`; its boolean columns are {boolean}.")
-    column = table.obs[train_key]
-    if str(column.dtype) not in ("bool", "boolean") or column.isna().any():
-        raise TypeError(
-            f"`obs[{train_key!r}]` has dtype {column.dtype}{' and missing values' if column.isna().any() else ''}; "
-            "expected True for spots to fit on and False for held-out ones."
-        )
-    mask = column.to_numpy(dtype=bool)
+    mask = row_mask(table, train_key, "True for spots to fit on and False for held-out ones")
     if not mask.any():
         raise ValueError(f"`obs[{train_key!r}]` is False for all {table.n_obs} spots, so there is nothing to fit on.")
     return mask
+
+
+def row_mask(table: AnnData, key: str, expected: str) -> np.ndarray:
+    """``(n_obs,)`` a boolean column of ``obs``; ``expected`` says in errors what its values mean.
+
+    Raises
+    ------
+    KeyError
+        No such column.
+    TypeError
+        The column is not boolean, or has missing values.
+    """
+    if key not in table.obs:
+        boolean = [name for name in table.obs if str(table.obs[name].dtype) in ("bool", "boolean")]
+        raise KeyError(f"No column {key!r} in `obs`; its boolean columns are {boolean}.")
+    column = table.obs[key]
+    if str(column.dtype) not in ("bool", "boolean") or column.isna().any():
+        raise TypeError(
+            f"`obs[{key!r}]` has dtype {column.dtype}{' and missing values' if column.isna().any() else ''}; "
+            f"expected {expected}."
+        )
+    return column.to_numpy(dtype=bool)
 
 
 def read_targets(
