@@ -120,6 +120,15 @@ def test_negative_and_undefined_pcc(predicted_sdata: MakeSData) -> None:
     _assert_colours(axes[0, 1], np.full(48, 2.0), Normalize(2, 3))
 
 
+def test_noise_ceiling_beside_the_pcc(predicted_sdata: MakeSData) -> None:
+    sdata = predicted_sdata()
+    before = [ax.get_title() for ax in stp.pl.expression(sdata, GENE)[:, 1]]
+    sdata["table"].var["noise_ceiling"] = [0.5, 0.624, np.nan, np.nan]
+    after = [ax.get_title() for ax in stp.pl.expression(sdata, GENE)[:, 1]]
+    assert after == [f"{title} of at most 0.62" for title in before]
+    assert "at most" not in stp.pl.expression(sdata, "KRT19", sections="A")[0, 1].get_title()
+
+
 def _almost_uncorrelated(x: np.ndarray) -> np.ndarray:
     """A vector whose PCC with x is −0.001."""
     x = (x - x.mean()) / x.std()

@@ -18,6 +18,7 @@ from spatialdata import SpatialData
 
 from stpredict._sdata import Section, read_sections, read_table, section_name
 from stpredict.pl._axes import take_axes
+from stpredict.pl._gene import noise_ceiling, pcc, pcc_text, read_measured, read_predicted, seen_in_training
 from stpredict.pl._sections import draw_scale_bar, micrometres_per_pixel
 from stpredict.pl._tissue import View, tissue_in_view, view_of_spots
 
@@ -54,8 +55,9 @@ def expression(
     """Draw measured beside predicted expression of a gene, over the H&E image.
 
     A row for each section, with the columns measured and predicted; only predicted where the table has no expression.
-    The title of a predicted panel gives the gene's PCC over the section's spots, and says what kind of prediction it
-    is: *training fit* when the model was fitted to these very spots (such a picture says little about the model),
+    The title of a predicted panel gives the gene's PCC over the section's spots, beside the highest within reach of any
+    predictor where :func:`stpredict.tl.noise_ceiling` has found it, and says what kind of prediction it is:
+    *training fit* when the model was fitted to these very spots (such a picture says little about the model),
     *held out* when it has seen none of them, *partly training* for a mixture, and nothing where the table does not tell.
     Spots without a value are drawn as empty circles.
 
@@ -117,8 +119,8 @@ def expression(
     (2, 2)
     """
     _, table = read_table(sdata, table_key)
-    predicted = _predicted(table, gene, layer)
-    measured = _measured(table, gene, layer, measured_layer)
+    predicted = read_predicted(table, gene, layer)
+    measured = read_measured(table, gene, layer, measured_layer)
     chosen = _choose_sections(
         read_sections(sdata, table, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system),
         table,
@@ -146,7 +148,7 @@ def expression(
             if kind == "measured":
                 note = f"{len(section.rows)} spots"
             else:
-                note = " · ".join(_notes(table, layer, section.rows, predicted, measured))
+                note = " · ".join(_notes(table, gene, layer, section.rows, predicted, measured))
             panel.set_title(f"{section_name(section, table)} · {gene} {kind}\n{note}", fontsize="medium")
             if shared is None:
                 scale.draw_bar([panel], cmap, gene, fraction=0.05, pad=0.03)
@@ -155,47 +157,6 @@ def expression(
     if shared is not None:
         shared.draw_bar(list(axes.flat), cmap, gene, shrink=max(0.85 / len(chosen), 0.25), aspect=18, pad=0.03)
     return axes
-
-
-def _predicted(table: AnnData, gene: str, layer: str) -> np.ndarray:
-    if layer not in table.layers:
-        raise KeyError(
-            f"No predictions {layer!r} in `layers`; it has {list(table.layers)[:12]}. Predict first, with "
-            "`stp.tl.fit_nsl(sdata)` or `stp.tl.predict(sdata, model)`."
-        )
-    if gene not in table.var_names:
-        raise KeyError(f"No gene {gene!r} in `var_names`; it has {table.n_vars}, such as {list(table.var_names[:5])}.")
-    values = _column(table, gene, layer)
-    if not np.isfinite(values).any():
-        marks = table.var.get(f"{layer}_fitted")
-        known = [] if marks is None else list(table.var_names[marks.to_numpy(dtype=bool)])
-        raise ValueError(
-            f"The gene {gene!r} is in the table but was not modelled: it has no value in `layers[{layer!r}]`. Modelled "
-            f"are {len(known)} genes, such as {known[:8]}."
-        )
-    return values
-
-
-def _measured(table: AnnData, gene: str, layer: str, measured_layer: str | None) -> np.ndarray | None:
-    there = [*(["X"] if table.X is not None else []), *table.layers]
-    if measured_layer is None:
-        fitted_to = str(_params(table, layer).get("layer", "X"))
-        measured_layer = fitted_to if fitted_to in there else "X"
-        if measured_layer not in there:
-            return None
-    if measured_layer not in there:
-        raise KeyError(f"No measured expression {measured_layer!r}; the table has {there[:12]}.")
-    return _column(table, gene, measured_layer)
-
-
-def _column(table: AnnData, gene: str, layer: str) -> np.ndarray:
-    values = table[:, [gene]].to_df(layer=None if layer == "X" else layer)
-    return values.to_numpy(dtype=np.float64).ravel()
-
-
-def _params(table: AnnData, layer: str) -> Mapping[str, Any]:
-    entry = table.uns.get(layer)
-    return entry.get("params", {}) if isinstance(entry, Mapping) else {}
 
 
 def _choose_sections(found: list[Section], table: AnnData, wanted: str | Sequence[str] | None) -> list[Section]:
@@ -211,44 +172,13 @@ def _choose_sections(found: list[Section], table: AnnData, wanted: str | Sequenc
 
 
 def _notes(
-    table: AnnData, layer: str, rows: np.ndarray, predicted: np.ndarray, measured: np.ndarray | None
+    table: AnnData, gene: str, layer: str, rows: np.ndarray, predicted: np.ndarray, measured: np.ndarray | None
 ) -> Iterator[str]:
     """What the title says about the predictions of a section."""
-    if kind := _seen_in_training(table, layer, rows, predicted):
+    if kind := seen_in_training(table, layer, rows, predicted):
         yield kind
     if measured is not None:
-        yield _pcc(measured[rows], predicted[rows])
-
-
-def _seen_in_training(table: AnnData, layer: str, rows: np.ndarray, predicted: np.ndarray) -> str:
-    """Whether the model was fitted to these rows; nothing where the table does not tell.
-
-    A fit is called so on the word of ``obs[train_key]`` alone. Spots are called held out only when that column still
-    marks as many spots as were fitted to: it may have changed since, or belong to another slide than the model.
-    """
-    params = _params(table, layer)
-    train_key = str(params.get("train_key", ""))
-    if "n_train" not in params or (train_key and train_key not in table.obs):
-        return ""
-    has_value = np.isfinite(predicted)
-    training = has_value & (table.obs[train_key].to_numpy(dtype=bool) if train_key else True)
-    as_fitted = training.sum() == int(params["n_train"])
-    if not train_key and not as_fitted:  # fitted to all spots, but of another table
-        return ""
-    here = training[rows][has_value[rows]]
-    if here.all():
-        return "training fit"
-    if here.any():
-        return "partly training"
-    return "held out" if as_fitted else ""
-
-
-def _pcc(measured: np.ndarray, predicted: np.ndarray) -> str:
-    both = np.isfinite(measured) & np.isfinite(predicted)
-    x, y = measured[both], predicted[both]
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return "PCC undefined"
-    return f"PCC {np.corrcoef(x, y)[0, 1]:z.2f}".replace("-", "−")
+        yield pcc_text(pcc(measured[rows], predicted[rows]), noise_ceiling(table, gene))
 
 
 class _Scale(NamedTuple):
