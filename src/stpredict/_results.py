@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -16,8 +16,9 @@ from spatialdata.models import TableModel
 if TYPE_CHECKING:
     from stpredict._sdata import Section
     from stpredict.pp._color_histogram import ColorHistogram
+    from stpredict.pp._color_statistics import ColorStatistics
 
-_HISTOGRAM = "color_histogram"
+_HISTOGRAM, _STATISTICS = "color_histogram", "color_statistics"
 
 
 _STORABLE = "use letters, digits, '_', '-' and '.', not beginning with '__'."
@@ -47,7 +48,7 @@ def check_key(table: AnnData, key: str) -> None:
         raise TypeError(f"`key_added` is {key!r}; expected a string.")
     if not _storable(key):
         raise ValueError(f"`key_added` is {key!r}, which cannot be stored on disk: {_STORABLE}")
-    if key in (_HISTOGRAM, TableModel.ATTRS_KEY):
+    if key in (_HISTOGRAM, _STATISTICS, TableModel.ATTRS_KEY):
         raise ValueError(f"`key_added` is {key!r}, which is taken; choose another.")
     ours = isinstance(table.uns.get(key), Mapping) and "model" in table.uns[key].get("params", {})
     slots = (("layers", table.layers, key), ("uns", table.uns, key), ("var", table.var, f"{key}_fitted"))
@@ -160,8 +161,163 @@ def read_color_histogram(table: AnnData, fields: np.ndarray, made_of: dict[str, 
     }
 
 
+def write_color_statistics(table: AnnData, statistics: ColorStatistics) -> None:
+    """Store statistics of all rows, and what they were made of."""
+    table.obsm[_STATISTICS] = statistics.values
+    table.uns[_STATISTICS] = {"names": np.array(statistics.names, dtype=object), **statistics.made_of}
+
+
+def read_color_statistics(table: AnnData, made_of: dict[str, Any]) -> np.ndarray | None:
+    """The stored statistics, if they were made of the very same images and places."""
+    stored = table.uns.get(_STATISTICS)
+    if stored is None or _STATISTICS not in table.obsm:
+        return None
+    if not _same({key: value for key, value in stored.items() if key != "names"}, made_of):
+        return None
+    return table.obsm[_STATISTICS]
+
+
 def _same(a: Any, b: Any) -> bool:
     """Equality of nested dicts of arrays, as they come back from h5ad and zarr."""
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     return bool(np.array_equal(a, b))
+
+
+class Training(NamedTuple):
+    """Rows that a model was fitted to; ``as_fitted`` when they are as many as then, so that all others are held out."""
+
+    rows: np.ndarray
+    as_fitted: bool
+
+
+def training_rows(table: AnnData, key: str, predicted: np.ndarray) -> Training | None:
+    """Which rows the model under ``key`` was fitted to; `None` where the table does not tell.
+
+    Rows are called so on the word of ``obs[train_key]`` alone. That they are not as many as were fitted to means that the
+    column has changed since, or belongs to other data than the model.
+
+    Parameters
+    ----------
+    table
+        Holds ``uns[key]``.
+    key
+        Of the predictions.
+    predicted
+        ``(n_obs,)`` rows that have a prediction.
+    """
+    params = model_params(table, key)
+    if "cv" in params:  # every row was predicted by a model that had not seen it
+        return Training(np.zeros(table.n_obs, dtype=bool), True)
+    train_key = str(params.get("train_key", ""))
+    if "n_train" not in params or (train_key and train_key not in table.obs):
+        return None
+    rows = predicted & (table.obs[train_key].to_numpy(dtype=bool) if train_key else True)
+    as_fitted = bool(rows.sum() == int(params["n_train"]) + int(params.get("n_validation", 0)))
+    if not train_key and not as_fitted:  # fitted to all spots, but of another table
+        return None
+    return Training(rows, as_fitted)
+
+
+def model_params(table: AnnData, key: str) -> Mapping[str, Any]:
+    """What the model under ``key`` was made with; empty where the table does not tell."""
+    entry = table.uns.get(key)
+    return entry.get("params", {}) if isinstance(entry, Mapping) else {}
+
+
+def measured_layer(table: AnnData, key: str, wanted: str | None) -> str | None:
+    """The measured expression to hold against predictions: ``"X"`` or a key of ``layers``, `None` if there is none.
+
+    Parameters
+    ----------
+    table
+        Has it.
+    key
+        Of the predictions.
+    wanted
+        What to take. `None` takes what the model was fitted to, if the table has it, else ``X``.
+
+    Raises
+    ------
+    KeyError
+        The table lacks what is wanted.
+    """
+    there = [*(["X"] if table.X is not None else []), *table.layers]
+    if wanted is None:
+        fitted_to = str(model_params(table, key).get("layer", "X"))
+        wanted = fitted_to if fitted_to in there else "X"
+        return wanted if wanted in there else None
+    if wanted not in there:
+        raise KeyError(f"No measured expression {wanted!r}; the table has {there[:12]}.")
+    return wanted
+
+
+_OF_GENES = (
+    "pcc",
+    "pcc_pooled",
+    "pcc_low",
+    "pcc_high",
+    "spearman",
+    "rmse",
+    "mae",
+    "r2",
+    "variance_ratio",
+    "moran_measured",
+    "moran_predicted",
+    "pvalue",
+    "qvalue",
+    "predictable",
+    "pcc_of_ceiling",
+)
+_OF_SPOTS = ("pcc", "rmse")
+
+
+def check_scores_key(table: AnnData, key: str) -> None:
+    """Refuse a key under which scores could not be written, or would hide something else.
+
+    Raises
+    ------
+    TypeError
+        Not a string.
+    ValueError
+        AnnData or SpatialData could not store it, or columns of that name are no scores of this package.
+    """
+    if not isinstance(key, str):
+        raise TypeError(f"`key_added` is {key!r}; expected a string.")
+    if not _storable(key):
+        raise ValueError(f"`key_added` is {key!r}, which cannot be stored on disk: {_STORABLE}")
+    if f"{key}_score" in table.uns:
+        return
+    for slot, frame, names in (("var", table.var, _OF_GENES), ("obs", table.obs, _OF_SPOTS)):
+        if taken := [f"{key}_{name}" for name in names if f"{key}_{name}" in frame]:
+            raise ValueError(
+                f"`{slot}[{taken[0]!r}]` exists and is no score that was written here; choose another `key_added`, or "
+                "delete it."
+            )
+
+
+def write_scores(
+    table: AnnData,
+    key: str,
+    of_genes: Mapping[str, np.ndarray],
+    of_spots: Mapping[str, np.ndarray],
+    made_of: dict[str, Any],
+) -> None:
+    """Write scores to columns of ``var`` and ``obs`` instead of those that are there, and how they were made to ``uns``.
+
+    Parameters
+    ----------
+    table
+        Receives ``var[f"{key}_{name}"]``, ``obs[f"{key}_{name}"]`` and ``uns[f"{key}_score"]``.
+    key
+        Checked with :func:`check_scores_key`.
+    of_genes, of_spots
+        Columns by name, ``(n_vars,)`` and ``(n_obs,)``.
+    made_of
+        Settings and summary.
+    """
+    for frame, names, columns in ((table.var, _OF_GENES, of_genes), (table.obs, _OF_SPOTS, of_spots)):
+        frame.drop(columns=[f"{key}_{name}" for name in names], errors="ignore", inplace=True)
+        for name, values in columns.items():
+            frame[f"{key}_{name}"] = values
+    table.uns[f"{key}_score"] = made_of
