@@ -131,6 +131,11 @@ def write_predictions(
     table.uns[key] = {"genes": np.array(genes, dtype=object), **copy.deepcopy(learned)}
 
 
+def write_features(table: AnnData, key: str, features: np.ndarray) -> None:
+    """Store the features that an encoder made for a model, ``(n_obs, d)``."""
+    table.obsm[f"{key}_features"] = features
+
+
 def write_color_histogram(table: AnnData, histogram: ColorHistogram) -> None:
     """Store a histogram of all rows, and what it was made of."""
     table.obsm[_HISTOGRAM] = histogram.counts
@@ -321,3 +326,83 @@ def write_scores(
         for name, values in columns.items():
             frame[f"{key}_{name}"] = values
     table.uns[f"{key}_score"] = made_of
+
+
+_CEILING = "noise_ceiling"
+
+
+class Ceiling(NamedTuple):
+    """Highest PCC of genes in sections and its standard error, ``(S, G)`` each, NaN where it is not known."""
+
+    value: np.ndarray
+    error: np.ndarray
+
+
+def write_noise_ceiling(
+    table: AnnData, key: str, genes: Sequence[str], sections: Sequence[str], mean: Ceiling, made_of: dict[str, Any]
+) -> None:
+    """Write ceilings of genes, averaged over sections, and those of each section.
+
+    Parameters
+    ----------
+    table
+        Receives ``var[key]``, ``var[f"{key}_error"]`` and ``uns[key]``.
+    key
+        Checked with :func:`check_noise_ceiling_key`.
+    genes, sections
+        ``G`` and ``S`` names.
+    mean
+        ``(G,)`` each.
+    made_of
+        Goes into ``uns[key]``: ``(S, G)`` ``ceiling`` and ``error``, and settings.
+    """
+    columns = table.var_names.get_indexer(list(genes))
+    for name, values in ((key, mean.value), (f"{key}_error", mean.error)):
+        column = np.full(table.n_vars, np.nan)
+        column[columns] = values
+        table.var[name] = column
+    table.uns[key] = {
+        "genes": np.array(genes, dtype=object),
+        "sections": np.array(sections, dtype=object),
+        **made_of,
+    }
+
+
+def check_noise_ceiling_key(table: AnnData, key: str) -> None:
+    """Refuse a key under which ceilings could not be written, or would hide something else."""
+    if not isinstance(key, str):
+        raise TypeError(f"`key_added` is {key!r}; expected a string.")
+    if not _storable(key):
+        raise ValueError(f"`key_added` is {key!r}, which cannot be stored on disk: {_STORABLE}")
+    ours = isinstance(table.uns.get(key), Mapping) and "ceiling" in table.uns[key]
+    for slot, content, name in (
+        ("uns", table.uns, key),
+        ("var", table.var, key),
+        ("var", table.var, f"{key}_error"),
+    ):
+        if name in content and not ours:
+            raise ValueError(
+                f"`{slot}[{name!r}]` exists and is no noise ceiling; choose another `key_added`, or delete it."
+            )
+
+
+def read_noise_ceiling(table: AnnData, genes: Sequence[str], sections: Sequence[str]) -> Ceiling | None:
+    """Stored ceilings of genes in sections, if there are any."""
+    stored = table.uns.get(_CEILING)
+    if not isinstance(stored, Mapping) or "ceiling" not in stored:
+        return None
+    rows = pd.Index(stored["sections"]).get_indexer(pd.Index(sections))
+    columns = pd.Index(stored["genes"]).get_indexer(pd.Index(genes))
+    known = (rows[:, None] >= 0) & (columns >= 0)
+    value, error = (
+        np.where(known, np.asarray(stored[name])[np.ix_(rows, columns)], np.nan) for name in ("ceiling", "error")
+    )
+    return Ceiling(value, error) if known.any() else None
+
+
+def write_folds(table: AnnData, key: str, folds: Mapping[str, np.ndarray]) -> None:
+    """Write into ``obs[key]`` the name of the fold, ``(n_obs,)`` masks, that holds a row out."""
+    names = np.full(table.n_obs, None, dtype=object)
+    for name, held_out in folds.items():
+        names[held_out] = name
+    table.obs[key] = pd.Categorical(names, categories=list(folds))
