@@ -4,6 +4,7 @@ import gc
 import io
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -375,6 +376,18 @@ def test_kept_patches_are_taken_again(
     assert f"Taking the patches of 60 spots in '{tmp_path}" in log.getvalue()
 
 
+def test_those_who_keep_patches_at_once_make_them_once(
+    make_sdata: MakeSData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = counted(monkeypatch)
+    sections = [make_sdata(1, world="shared") for _ in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        made = list(pool.map(lambda sdata: patches(sdata, image_size=16, store=tmp_path), sections))
+    assert drawn == [30, 3, 3]
+    for other in made[1:]:
+        np.testing.assert_array_equal(everything(other), everything(made[0]))
+
+
 @pytest.mark.parametrize("change", ["field", "levels", "size", "radius", "moved", "rows", "pixels"])
 def test_stale_patches_are_not_taken(
     change: str, make_sdata: MakeSData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, log: io.StringIO
@@ -438,7 +451,7 @@ def test_failures_leave_nothing_behind(
     monkeypatch.setattr(_patches, "cut_patch", fail)
     with pytest.raises(error):
         patches(make_sdata(), image_size=16, store=tmp_path if keep else None)
-    assert not list(tmp_path.iterdir())
+    assert {file.name for file in tmp_path.iterdir()} <= {"patches.lock"}
 
 
 def test_forgotten_patches_leave_no_file(

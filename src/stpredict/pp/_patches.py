@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from stpredict._sdata import Section, read_sections, read_table
 from stpredict.pp._bands import Band, bands
 from stpredict.pp._fingerprints import fingerprints
-from stpredict.pp._store import InMemory, Store, kept_store, new_store
+from stpredict.pp._store import InMemory, Store, kept_store, new_store, turn_in
 from stpredict.pp._windows import Windows, box_pyramid, cut_patch, place_windows
 
 # Field of view of the authors of M2OST: 224 pixels on HER2+ sections, where a spot of 100 µm has 145.
@@ -153,8 +153,9 @@ def patches(
         authors of M2OST on HER2+ sections.
     store
         Folder in which to keep the patches, and from which to take them when they were made there before of the same
-        images, spots and settings. `None` keeps up to 1 GB in memory and more in a temporary file, which is removed
-        when the patches are closed or no longer used (environment variable ``TMPDIR`` says where).
+        images, spots and settings. Of several processes with the same folder one makes them while the others wait.
+        `None` keeps up to 1 GB in memory and more in a temporary file, which is removed when the patches are closed or
+        no longer used (environment variable ``TMPDIR`` says where).
     image_key
         Key in ``sdata.images``, or ``{shapes_key: image_key}``. `None` takes the finest image under each spots element.
     shapes_key
@@ -214,23 +215,8 @@ def extract(
     ]
     shape = (len(rows), levels, image_size, image_size, 3)
     made_of = _describe(sections, levels, image_size, field)
-
-    kept = None if store is None else kept_store(shape, store, made_of)
-    if kept is not None and all(_still_shows(kept, job) for job in jobs):
-        logg.info(f"Taking the patches of {len(rows)} spots {kept}.")
-        return Patches(rows[order], shares[order], made_of, kept)
-    for job in jobs:
-        _warn_of_blur(job)
-    target = new_store(shape, store, made_of)
-    try:
-        with tqdm(total=len(rows), desc="patches", unit="spot", delay=2, leave=False) as progress:
-            for job in jobs:
-                _draw(target, job, progress)
-        target.finish()
-    except BaseException:
-        target.close()
-        raise
-    return Patches(rows[order], shares[order], made_of, target)
+    with turn_in(store):
+        return Patches(rows[order], shares[order], made_of, _kept_or_drawn(jobs, shape, store, made_of))
 
 
 def _check_arguments(levels: int, image_size: int, field: float) -> None:
@@ -267,6 +253,27 @@ class _Job(NamedTuple):
     section: Section
     windows: Windows
     positions: np.ndarray
+
+
+def _kept_or_drawn(
+    jobs: Sequence[_Job], shape: tuple[int, ...], folder: str | os.PathLike[str] | None, made_of: Mapping[str, Any]
+) -> Store:
+    kept = None if folder is None else kept_store(shape, folder, made_of)
+    if kept is not None and all(_still_shows(kept, job) for job in jobs):
+        logg.info(f"Taking the patches of {shape[0]} spots {kept}.")
+        return kept
+    for job in jobs:
+        _warn_of_blur(job)
+    target = new_store(shape, folder, made_of)
+    try:
+        with tqdm(total=shape[0], desc="patches", unit="spot", delay=2, leave=False) as progress:
+            for job in jobs:
+                _draw(target, job, progress)
+        target.finish()
+    except BaseException:
+        target.close()
+        raise
+    return target
 
 
 def _warn_of_blur(job: _Job) -> None:

@@ -13,10 +13,12 @@ import threading
 import uuid
 import weakref
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from filelock import FileLock
 from numpy.lib import format as npy
 from scanpy import logging as logg
 
@@ -174,9 +176,7 @@ def new_store(shape: tuple[int, ...], folder: str | os.PathLike[str] | None, mad
     if folder is None and _n_bytes(shape) <= MAX_IN_MEMORY:
         return InMemory(shape)
     place = Path(tempfile.gettempdir() if folder is None else folder)
-    if place.exists() and not place.is_dir():
-        raise NotADirectoryError(f"`store` is {str(place)!r}, which is a file; expected a folder.")
-    place.mkdir(parents=True, exist_ok=True)
+    _make_folder(place)
     free = shutil.disk_usage(place).free
     if _n_bytes(shape) > free:
         raise _no_space(place, shape, f"{free / 1e9:.2f} GB are free")
@@ -212,6 +212,21 @@ def kept_store(shape: tuple[int, ...], folder: str | os.PathLike[str], made_of: 
         logg.warning(f"The patches in {str(path)!r} are damaged: making them anew.")
         return None
     return OnDisk(path, shape, offset, made_of, owned=False)
+
+
+def turn_in(folder: str | os.PathLike[str] | None) -> AbstractContextManager[Any]:
+    """Have the processes that keep patches in a folder wait for each other, so that one makes them for all."""
+    if folder is None:
+        return nullcontext()
+    _make_folder(Path(folder))
+    # From a folder that cannot be written to, patches can still be taken.
+    return FileLock(Path(folder) / "patches.lock") if os.access(folder, os.W_OK) else nullcontext()
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise NotADirectoryError(f"`store` is {str(folder)!r}, which is a file; expected a folder.")
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def _n_bytes(shape: tuple[int, ...]) -> int:
