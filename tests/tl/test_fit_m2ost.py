@@ -44,8 +44,17 @@ def test_what_is_written(sdata: SpatialData) -> None:
     assert len(table.uns["m2ost"]["history"]["train_loss"]) == 2
     params = table.uns["m2ost"]["params"]
     assert params["model"] == "m2ost"
-    assert params["n_train"] + params["n_validation"] == 30
+    assert (params["n_train"], params["n_validation"], params["validation_on"]) == (30, 0, "none")
     assert "2 levels of 32 x 32 pixels" in repr(model)
+    assert f"2 epochs; training loss {model.history['train_loss'][1]:.4f} in the last" in repr(model)
+
+
+def test_validation_spots_are_set_aside(sdata: SpatialData) -> None:
+    model = stp.tl.fit_m2ost(sdata, validation=0.3, inplace=False, **SMALL)
+    assert (model.params["n_train"], model.params["n_validation"]) == (30, 30)
+    assert model.params["validation_on"] in ("patient A", "patient B")
+    best = int(np.argmin(model.history["val_loss"]))
+    assert f"lowest validation loss {model.history['val_loss'][best]:.4f} in epoch {best}" in repr(model)
 
 
 def test_held_out_rows_are_never_looked_at(sdata: SpatialData) -> None:
@@ -123,7 +132,7 @@ def test_checkpoint_folder_of_other_settings(sdata: SpatialData, tmp_path: Path)
 
 
 def test_history_picture(sdata: SpatialData) -> None:
-    model = stp.tl.fit_m2ost(sdata, **SMALL)
+    model = stp.tl.fit_m2ost(sdata, validation=0.3, **SMALL)
     ax = stp.pl.history(model)
     labels = [line.get_label() for line in ax.lines]
     assert "training" in labels

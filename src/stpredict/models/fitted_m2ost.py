@@ -176,7 +176,12 @@ class FittedM2OST:
             f"M2OST of {len(self.genes)} genes ({config['levels']} levels of {config['image_size']} x "
             f"{config['image_size']} pixels, {n_parameters:,} parameters)"
         )
-        if len(losses := self.history.get("val_loss", ())):
-            best = int(np.nanargmin(losses))
-            text += f"\n  fit: {len(losses)} epochs; lowest validation loss {losses[best]:.4f} in epoch {best}"
+        if len(losses := self.history.get("train_loss", ())):
+            text += f"\n  fit: {len(losses)} epochs; "
+            validated = self.history["val_loss"]
+            if np.isfinite(validated).any():
+                best = int(np.nanargmin(validated))
+                text += f"lowest validation loss {validated[best]:.4f} in epoch {best}"
+            else:
+                text += f"training loss {losses[-1]:.4f} in the last"
         return text
