@@ -50,7 +50,7 @@ def check_key(table: AnnData, key: str) -> None:
         raise ValueError(f"`key_added` is {key!r}, which cannot be stored on disk: {_STORABLE}")
     if key in (_HISTOGRAM, _STATISTICS, TableModel.ATTRS_KEY):
         raise ValueError(f"`key_added` is {key!r}, which is taken; choose another.")
-    ours = isinstance(table.uns.get(key), Mapping) and "model" in table.uns[key].get("params", {})
+    ours = _is_model(table, key)
     slots = (("layers", table.layers, key), ("uns", table.uns, key), ("var", table.var, f"{key}_fitted"))
     for slot, content, name in slots:
         if twins := [other for other in content if other != name and other.casefold() == name.casefold()]:
@@ -62,6 +62,19 @@ def check_key(table: AnnData, key: str) -> None:
             raise ValueError(
                 f"`{slot}[{name!r}]` exists and holds no predictions of a model; choose another `key_added`, or delete it."
             )
+
+
+def _is_model(table: AnnData, key: str) -> bool:
+    """Whether a model of this package wrote under a key."""
+    return isinstance(table.uns.get(key), Mapping) and "model" in table.uns[key].get("params", {})
+
+
+def check_features_key(table: AnnData, key: str) -> None:
+    """Refuse a key under which an encoder's features would replace something that no model of this package wrote."""
+    if f"{key}_features" in table.obsm and not _is_model(table, key):
+        raise ValueError(
+            f"`obsm['{key}_features']` exists and holds no features of a model; choose another `key_added`, or delete it."
+        )
 
 
 def check_overlap(table: AnnData, genes: Sequence[str]) -> None:

@@ -70,3 +70,15 @@ def test_wrong_arguments_cost_no_pixel(
     )
     with pytest.raises(error, match=message):
         read(sdata, **changed)
+
+
+def test_without_an_image_all_spots_count(make_sdata: MakeSData) -> None:
+    sdata = make_sdata(2, n_without_spot=3)
+    blind = SpatialData(shapes=dict(sdata.shapes), tables={"table": sdata["table"]})
+    with pytest.raises(ValueError, match=r"There is no image in `sdata\.images`"):
+        read(blind)
+    inputs = read(blind, needs_image=False)
+    assert inputs.sections == []
+    assert len(inputs.targets.rows) == 60
+    in_b = np.flatnonzero(blind["table"].obs["section"] == "B")[:30]
+    np.testing.assert_array_equal(read(blind, needs_image=False, shapes_key="B_spots").targets.rows, in_b)

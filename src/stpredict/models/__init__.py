@@ -9,14 +9,16 @@ if TYPE_CHECKING:
     from stpredict.models.fitted_m2ost import FittedM2OST
     from stpredict.models.m2ost import M2OST
     from stpredict.models.nsl import NSL
+    from stpredict.models.ridge import Ridge
 
-__all__ = ["M2OST", "NSL", "FittedM2OST", "load"]
+__all__ = ["M2OST", "NSL", "FittedM2OST", "Ridge", "load"]
 
 # torch is imported when a model is first asked for, not with the package.
 _HOMES = {
     "FittedM2OST": "stpredict.models.fitted_m2ost",
     "M2OST": "stpredict.models.m2ost",
     "NSL": "stpredict.models.nsl",
+    "Ridge": "stpredict.models.ridge",
     "load": "stpredict.models._io",
 }
 

@@ -149,5 +149,6 @@ def load(path: str | PathLike[str]) -> Any:
 def _classes() -> dict[str, type[Saveable]]:
     from stpredict.models.fitted_m2ost import FittedM2OST
     from stpredict.models.nsl import NSL
+    from stpredict.models.ridge import Ridge
 
-    return {NSL.kind: NSL, FittedM2OST.kind: FittedM2OST}
+    return {NSL.kind: NSL, FittedM2OST.kind: FittedM2OST, Ridge.kind: Ridge}

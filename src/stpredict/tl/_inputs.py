@@ -10,14 +10,15 @@ from anndata import AnnData
 from spatialdata import SpatialData
 
 from stpredict import _results
-from stpredict._sdata import Section, read_sections, read_table
+from stpredict._sdata import Section, read_sections, read_spots, read_table
 from stpredict.tl._targets import Targets, read_targets, training_mask
 
 
 class Inputs(NamedTuple):
     """Where to read pixels, what to fit, and where to compute.
 
-    ``training`` (n_obs,) are the rows that may be looked at; ``targets.rows`` those of them whose spots lie on an image.
+    ``training`` (n_obs,) are the rows that may be looked at; ``targets.rows`` those of them that have a spot on
+    an image.
     """
 
     table: AnnData
@@ -40,10 +41,12 @@ def read_inputs(
     table_key: str | None,
     coordinate_system: str | None,
     device: str,
+    needs_image: bool = True,
 ) -> Inputs:
     """Check and read the arguments that all fit functions share, as :func:`stpredict.tl.fit_nsl` documents them.
 
-    ``min_spots`` is the number of training spots that the model needs.
+    ``min_spots`` is the number of training spots that the model needs. Without ``needs_image`` no image is looked for, and
+    all spots count.
     """
     from stpredict.models._device import resolve_device
 
@@ -51,11 +54,16 @@ def read_inputs(
     _, table = read_table(sdata, table_key)
     _results.check_key(table, key_added)
     training = training_mask(table, train_key)
-    sections = read_sections(
-        sdata, table, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system
-    )
-    on_image = np.zeros(table.n_obs, dtype=bool)
-    for section in sections:
-        on_image[section.rows] = section.on_image
-    targets = read_targets(table, np.flatnonzero(training & on_image), genes=genes, layer=layer, min_spots=min_spots)
+    sections: list[Section] = []
+    usable = np.zeros(table.n_obs, dtype=bool)
+    if needs_image:
+        sections = read_sections(
+            sdata, table, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system
+        )
+        for section in sections:
+            usable[section.rows] = section.on_image
+    else:
+        for spots in read_spots(sdata, table, shapes_key=shapes_key):
+            usable[spots.rows] = True
+    targets = read_targets(table, np.flatnonzero(training & usable), genes=genes, layer=layer, min_spots=min_spots)
     return Inputs(table, sections, training, targets, device)

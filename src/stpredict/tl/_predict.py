@@ -13,17 +13,20 @@ from stpredict import _results
 from stpredict._sdata import Section, read_sections, read_table
 from stpredict.pp._color_histogram import cached_color_histogram
 from stpredict.pp._patches import extract
+from stpredict.tl._features import Encoder, needs_image, read_features, write_made
 from stpredict.tl._fit_m2ost import write_m2ost
 from stpredict.tl._fit_nsl import color_fractions, write_nsl
+from stpredict.tl._fit_ridge import write_ridge
 
 if TYPE_CHECKING:
-    from stpredict.models import NSL, FittedM2OST
+    from stpredict.models import NSL, FittedM2OST, Ridge
 
 
 def predict(
     sdata: SpatialData,
-    model: NSL | FittedM2OST,
+    model: NSL | FittedM2OST | Ridge,
     *,
+    encoder: Encoder | None = None,
     key_added: str | None = None,
     image_key: str | Mapping[str, str] | None = None,
     shapes_key: str | Sequence[str] | None = None,
@@ -39,9 +42,13 @@ def predict(
     Parameters
     ----------
     sdata
-        Images and spots, as for the ``fit`` functions; expression is not looked at.
+        Images and spots, as for the ``fit`` functions; expression is not looked at. For a model of
+        :func:`stpredict.tl.fit_ridge` also the features of ``obsm`` that it was fitted to.
     model
         What a ``fit`` function returned or :func:`stpredict.models.load` read.
+    encoder
+        The encoder that :func:`stpredict.tl.fit_ridge` was given; it is not saved with the model. `None` for all other
+        models.
     key_added
         Where the results go. `None` means the kind of the model, such as ``"nsl"``.
     image_key, shapes_key, table_key, coordinate_system
@@ -69,11 +76,13 @@ def predict(
     >>> "nsl" in new["table"].layers
     True
     """
-    from stpredict.models import NSL, FittedM2OST
+    from stpredict.models import NSL, FittedM2OST, Ridge
     from stpredict.models._device import resolve_device
 
-    if not isinstance(model, NSL | FittedM2OST):
+    if not isinstance(model, NSL | FittedM2OST | Ridge):
         raise TypeError(f"Expected a fitted model, got {type(model).__name__}; load one with `stp.models.load(path)`.")
+    if encoder is not None and not isinstance(model, Ridge):
+        raise ValueError(f"`encoder` is given, but a model of kind {model.kind!r} reads no encoder's features.")
     device = resolve_device(device)
     key = model.kind if key_added is None else key_added
     new_table = isinstance(sdata, SpatialData) and not len(sdata.tables)
@@ -86,15 +95,32 @@ def predict(
         table = _results.empty_table(sections, model.genes)
     else:
         _, table = read_table(sdata, table_key)
-        sections = read_sections(
-            sdata, table, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system
-        )
+        sections = []
+        if not isinstance(model, Ridge) or needs_image(model.params["features"]):
+            sections = read_sections(
+                sdata, table, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system
+            )
     _results.check_key(table, key)
     _results.check_overlap(table, model.genes)
     if isinstance(model, NSL):
         _predict_nsl(sections, table, key, model, device)
-    else:
+    elif isinstance(model, FittedM2OST):
         _predict_m2ost(sections, table, key, model, device)
+    else:
+        if encoder is not None:
+            _results.check_features_key(table, key)
+        read = read_features(
+            sdata,
+            table,
+            sections,
+            model.params["features"],
+            encoder=encoder,
+            shapes_key=shapes_key,
+            device=device,
+        )
+        predicted = model.predict(read.values)
+        write_made(table, key, read.made)
+        write_ridge(table, key, model, predicted, read.known)
     if new_table:
         sdata[table_key] = table
 
