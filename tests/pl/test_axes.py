@@ -3,7 +3,7 @@ from __future__ import annotations
 import matplotlib.pyplot as plt
 import pytest
 
-from stpredict.pl._axes import take_axes
+from stpredict.pl._axes import take_axes, take_single_axes
 
 
 def test_a_new_figure() -> None:
@@ -33,3 +33,11 @@ def test_wrong_axes_are_refused() -> None:
         take_axes(given, 2, 2, figsize=(1, 1))
     with pytest.raises(TypeError, match="`ax` holds str; expected matplotlib Axes"):
         take_axes("left", 1, 1, figsize=(1, 1))  # type: ignore[arg-type]
+
+
+def test_a_picture_of_one_panel() -> None:
+    ax = take_single_axes(None, 4, 3)
+    assert tuple(ax.figure.get_size_inches()) == (4.0, 3.0)  # type: ignore[union-attr]
+    assert take_single_axes(ax, 1, 1) is ax
+    with pytest.raises(ValueError, match="`ax` has 2 axes; this picture has 1 panels"):
+        take_single_axes(plt.subplots(1, 2)[1], 4, 3)

@@ -55,3 +55,9 @@ def take_axes(
             f"Make them with `plt.subplots({n_rows}, {n_columns})`."
         )
     return given.reshape(n_rows, n_columns)
+
+
+def take_single_axes(ax: Axes | Sequence[Axes] | np.ndarray | None, width: float, height: float) -> Axes:
+    """Take the caller's axes for a picture of one panel, or make a figure of that size in inches."""
+    axes: Axes = take_axes(ax, 1, 1, figsize=(width, height), layout="constrained")[0, 0]
+    return axes

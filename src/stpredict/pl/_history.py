@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from stpredict.pl._axes import take_single_axes
+from stpredict.pl._style import PALETTE, number
+
 if TYPE_CHECKING:
     from stpredict.models import FittedM2OST
+
+# Up to so many epochs are marked one by one: a line needs two.
+_FEW = 10
 
 
 def history(model: FittedM2OST, *, ax: Axes | None = None) -> Axes:
     """Draw training and validation loss, and mark the epoch whose weights were kept.
+
+    That is the epoch of the lowest validation loss; without validation spots, the last.
 
     Parameters
     ----------
@@ -46,24 +53,31 @@ def history(model: FittedM2OST, *, ax: Axes | None = None) -> Axes:
         raise ValueError(
             f"{type(model).__name__} has no training history; expected a model made by `stp.tl.fit_m2ost`."
         )
-    if ax is None:
-        _, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
-    epochs = np.arange(1, len(recorded["train_loss"]) + 1)
-    ax.axhline(1, color="0.6", linewidth=1, linestyle=":", label="mean of training spots")
-    ax.plot(epochs, recorded["train_loss"], color="C0", label="training")
-    val_loss = recorded["val_loss"]
+    ax = take_single_axes(ax, 5, 3.4)
+    train_loss, val_loss = recorded["train_loss"], recorded["val_loss"]
+    epochs = np.arange(1, len(train_loss) + 1)
+    style: dict[str, Any] = {"linewidth": 1.6, "marker": "o" if len(epochs) <= _FEW else None, "markersize": 3}
+    ax.axhline(1, color="0.5", linewidth=1, linestyle=":", label="mean of training spots")
+    ax.plot(epochs, train_loss, color=PALETTE[0], label="training", **style)
+    kept, loss, note = len(epochs) - 1, train_loss, "the last"
     if np.isfinite(val_loss).any():
-        best = int(np.nanargmin(val_loss))
-        ax.plot(epochs, val_loss, color="C1", label="validation")
-        ax.plot(
-            epochs[best],
-            val_loss[best],
-            "o",
-            color="C1",
-            label=f"kept: epoch {epochs[best]}, validation PCC {recorded['val_pcc'][best]:.2f}",
-        )
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set(xlabel="epoch", ylabel="mean squared error / variance", title="M2OST")
+        ax.plot(epochs, val_loss, color=PALETTE[1], label="validation", **style)
+        kept, loss = int(np.nanargmin(val_loss)), val_loss
+        note = f"validation PCC {number(recorded['val_pcc'][kept])}"
+    ax.plot(
+        epochs[kept],
+        loss[kept],
+        "D",
+        color="black",
+        markersize=5,
+        label=f"kept: epoch {epochs[kept]}, {note}",
+        zorder=3,
+    )
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
+    ax.set_xlim(0.5, len(epochs) + 0.5)
+    ax.set_xlabel("epoch", fontsize="small")
+    ax.set_ylabel("mean squared error / variance", fontsize="small")
+    ax.tick_params(labelsize="small")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize="small")
+    ax.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, frameon=False, fontsize="x-small", borderaxespad=0.2)
     return ax

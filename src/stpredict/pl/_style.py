@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from matplotlib.patheffects import withStroke
+
 # Okabe and Ito's palette, without black, which marks genes, and a yellow that is too light for lines.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 BASELINE = "0.6"
 CEILING, CEILING_MEDIAN = "#F6EBCB", "#B8860B"
 # Genes of interest, in turn.
 MARKERS = "osD^vP*X"
+# From few to many.
+DENSITY = ("#BBD6EB", "#08306B")
+# Lets text be read across points and lines.
+HALO = withStroke(linewidth=2.5, foreground="white")
 
 
 def number(value: float) -> str:
