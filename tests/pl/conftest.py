@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import matplotlib as mpl
@@ -68,6 +68,42 @@ def predicted_sdata() -> Callable[[], SpatialData]:
     Circles are in pixels; the coordinate systems, named like the sections, are in micrometres, half a one per pixel.
     """
     return _make
+
+
+@pytest.fixture
+def make_scores() -> Callable[..., pd.DataFrame]:
+    """Make a frame as cross-validation returns it: two models, five baselines, sections C2 to C5 of two patients."""
+    return _make_scores
+
+
+def _make_scores(n_genes: int = 30, *, models: Sequence[str] = ("nsl", "m2ost")) -> pd.DataFrame:
+    rng = np.random.default_rng(0)
+    level = {"mean of training spots": np.nan, "mean of held-out section (oracle)": np.nan, "position": 0.1}
+    level |= {"ridge on mean OD": 0.15, "ridge on colour statistics": 0.19}
+    baselines = list(level)
+    level |= {model: 0.2 + 0.03 * i for i, model in enumerate(models)}
+    genes = [f"gene{i}" for i in range(n_genes)]
+    parts = []
+    for model, pcc in level.items():
+        for section, patient in {"C2": "C", "C3": "C", "D1": "D", "D2": "D"}.items():
+            labels = {"model": model, "section": section, "group": patient, "baseline": model in baselines}
+            values = {"pcc": pcc + 0.1 * rng.normal(size=n_genes), "ceiling": 0.6 + 0.05 * rng.normal(size=n_genes)}
+            values["rmse"] = rng.gamma(20, 0.05, n_genes)
+            parts.append(pd.DataFrame({"of": "gene", "name": genes} | values | labels))
+            spots = [f"{section}_{i}" for i in range(40)]
+            values = {"pcc": 0.7 + np.nan_to_num(pcc) + 0.03 * rng.normal(size=40), "rmse": rng.gamma(20, 0.05, 40)}
+            parts.append(pd.DataFrame({"of": "spot", "name": spots} | values | labels))
+    each = pd.concat(parts, ignore_index=True)
+    each["pcc_of_ceiling"] = each["pcc"] / each["ceiling"]
+    numbers = ["pcc", "rmse", "ceiling", "pcc_of_ceiling"]
+    mean = each[each["of"] == "gene"].groupby(["model", "of", "name", "baseline"], sort=False)[numbers].mean()
+    aggregates = [mean.reset_index().assign(section=name, group="") for name in ("mean of sections", "pooled")]
+    frame = pd.concat([each, *aggregates], ignore_index=True)
+    # Models first: pictures have to put baselines before them.
+    frame = frame.sort_values("baseline", kind="stable", ignore_index=True)
+    for label in ("model", "of", "name", "section", "group"):
+        frame[label] = pd.Categorical(frame[label], categories=frame[label].unique())
+    return frame
 
 
 def _make() -> SpatialData:

@@ -123,10 +123,17 @@ def test_negative_and_undefined_pcc(predicted_sdata: MakeSData) -> None:
 def test_noise_ceiling_beside_the_pcc(predicted_sdata: MakeSData) -> None:
     sdata = predicted_sdata()
     before = [ax.get_title() for ax in stp.pl.expression(sdata, GENE)[:, 1]]
-    sdata["table"].var["noise_ceiling"] = [0.5, 0.624, np.nan, np.nan]
+    sdata["table"].uns["noise_ceiling"] = {
+        "genes": np.array(["KRT19", GENE], dtype=object),
+        "sections": np.array(["B", "A"], dtype=object),
+        "ceiling": np.array([[0.3, 0.814], [0.3, 0.624]]),
+        "error": np.array([[0.2, 0.02], [0.2, 0.02]]),
+    }
     after = [ax.get_title() for ax in stp.pl.expression(sdata, GENE)[:, 1]]
-    assert after == [f"{title} of at most 0.62" for title in before]
+    assert after == [f"{before[0]} of at most 0.62", f"{before[1]} of at most 0.81"]
+    # A ceiling that is not told from none is none.
     assert "at most" not in stp.pl.expression(sdata, "KRT19", sections="A")[0, 1].get_title()
+    assert "at most" not in stp.pl.expression(sdata, "ACTB", sections="A")[0, 1].get_title()
 
 
 def _almost_uncorrelated(x: np.ndarray) -> np.ndarray:

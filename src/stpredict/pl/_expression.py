@@ -148,7 +148,7 @@ def expression(
             if kind == "measured":
                 note = f"{len(section.rows)} spots"
             else:
-                note = " · ".join(_notes(table, gene, layer, section.rows, predicted, measured))
+                note = " · ".join(_notes(table, gene, layer, section, predicted, measured))
             panel.set_title(f"{section_name(section, table)} · {gene} {kind}\n{note}", fontsize="medium")
             if shared is None:
                 scale.draw_bar([panel], cmap, gene, fraction=0.05, pad=0.03)
@@ -172,13 +172,15 @@ def _choose_sections(found: list[Section], table: AnnData, wanted: str | Sequenc
 
 
 def _notes(
-    table: AnnData, gene: str, layer: str, rows: np.ndarray, predicted: np.ndarray, measured: np.ndarray | None
+    table: AnnData, gene: str, layer: str, section: Section, predicted: np.ndarray, measured: np.ndarray | None
 ) -> Iterator[str]:
     """What the title says about the predictions of a section."""
+    rows = section.rows
     if kind := seen_in_training(table, layer, rows, predicted):
         yield kind
     if measured is not None:
-        yield pcc_text(pcc(measured[rows], predicted[rows]), noise_ceiling(table, gene))
+        ceiling = noise_ceiling(table, gene, [section_name(section, table)])
+        yield pcc_text(pcc(measured[rows], predicted[rows]), ceiling)
 
 
 class _Scale(NamedTuple):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from anndata import AnnData
 
+from stpredict._results import measured_layer, read_noise_ceiling, training_rows
 from stpredict.pl._style import number
+from stpredict.tl._noise_ceiling import is_determined, mean_ceiling
 
 
 def read_predicted(table: AnnData, gene: str, layer: str) -> np.ndarray:
@@ -31,17 +32,10 @@ def read_predicted(table: AnnData, gene: str, layer: str) -> np.ndarray:
     return values
 
 
-def read_measured(table: AnnData, gene: str, layer: str, measured_layer: str | None) -> np.ndarray | None:
-    """``(n_obs,)`` measured expression, of what the model was fitted to; `None` where the table has none."""
-    there = [*(["X"] if table.X is not None else []), *table.layers]
-    if measured_layer is None:
-        fitted_to = str(_params(table, layer).get("layer", "X"))
-        measured_layer = fitted_to if fitted_to in there else "X"
-        if measured_layer not in there:
-            return None
-    if measured_layer not in there:
-        raise KeyError(f"No measured expression {measured_layer!r}; the table has {there[:12]}.")
-    return _column(table, gene, measured_layer)
+def read_measured(table: AnnData, gene: str, layer: str, wanted: str | None) -> np.ndarray | None:
+    """``(n_obs,)`` measured expression, by default what the model was fitted to; `None` where the table has none."""
+    measured = measured_layer(table, layer, wanted)
+    return None if measured is None else _column(table, gene, measured)
 
 
 def _column(table: AnnData, gene: str, layer: str) -> np.ndarray:
@@ -49,32 +43,18 @@ def _column(table: AnnData, gene: str, layer: str) -> np.ndarray:
     return values.to_numpy(dtype=np.float64).ravel()
 
 
-def _params(table: AnnData, layer: str) -> Mapping[str, Any]:
-    entry = table.uns.get(layer)
-    return entry.get("params", {}) if isinstance(entry, Mapping) else {}
-
-
 def seen_in_training(table: AnnData, layer: str, rows: np.ndarray, predicted: np.ndarray) -> str:
-    """Whether the model was fitted to these rows; nothing where the table does not tell.
-
-    A fit is called so on the word of ``obs[train_key]`` alone. Spots are called held out only when that column still
-    marks as many spots as were fitted to: it may have changed since, or belong to another slide than the model.
-    """
-    params = _params(table, layer)
-    train_key = str(params.get("train_key", ""))
-    if "n_train" not in params or (train_key and train_key not in table.obs):
-        return ""
+    """Whether the model was fitted to these rows, in words; nothing where the table does not tell."""
     has_value = np.isfinite(predicted)
-    training = has_value & (table.obs[train_key].to_numpy(dtype=bool) if train_key else True)
-    as_fitted = training.sum() == int(params["n_train"])
-    if not train_key and not as_fitted:  # fitted to all spots, but of another table
+    training = training_rows(table, layer, has_value)
+    if training is None:
         return ""
-    here = training[rows][has_value[rows]]
+    here = training.rows[rows][has_value[rows]]
     if here.all():
         return "training fit"
     if here.any():
         return "partly training"
-    return "held out" if as_fitted else ""
+    return "held out" if training.as_fitted else ""
 
 
 def pcc(measured: np.ndarray, predicted: np.ndarray) -> float:
@@ -86,9 +66,13 @@ def pcc(measured: np.ndarray, predicted: np.ndarray) -> float:
     return float(np.corrcoef(x, y)[0, 1])
 
 
-def noise_ceiling(table: AnnData, gene: str) -> float:
-    """The highest PCC within reach of any predictor, where :func:`stpredict.tl.noise_ceiling` has measured it, else NaN."""
-    return float(table.var["noise_ceiling"][gene]) if "noise_ceiling" in table.var else np.nan
+def noise_ceiling(table: AnnData, gene: str, sections: Sequence[str]) -> float:
+    """The highest PCC within reach in these sections, where :func:`stpredict.tl.noise_ceiling` has found one, else NaN."""
+    stored = read_noise_ceiling(table, [gene], sections)
+    if stored is None:
+        return np.nan
+    mean = mean_ceiling(stored)
+    return float(mean.value[0]) if is_determined(mean)[0] else np.nan
 
 
 def pcc_text(pcc: float, ceiling: float) -> str:
