@@ -1,8 +1,8 @@
-"""Expression of the spots that are scored together, a few genes or spots at a time."""
+"""Spots that are scored together, and their expression, a few genes or spots at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,7 +15,7 @@ Matrix = np.ndarray | sp.csr_matrix | sp.csc_matrix
 """``(n_obs, n_vars)``, dense or sparse."""
 # What the mean over sections is called where there is a name for each section.
 MEAN = "mean of sections"
-# Values held dense at a time: 4 MB of them, which stay in a processor's cache.
+# Values that each thread holds dense at a time: 4 MB, and some ten times that for what is computed of them.
 _CHUNK = 2**19
 
 
@@ -47,26 +47,23 @@ def section_names(sections: Sequence[Spots], table: AnnData) -> list[str]:
     return names if len(set(names)) == len(names) else [section.name for section in sections]
 
 
-def gene_chunks(matrix: Matrix, rows: np.ndarray, columns: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Some genes after the other across the rows: positions among ``columns``, and ``(genes, len(rows))`` float64."""
-    by_gene = sp.csc_matrix(sp.csr_matrix(matrix)[rows][:, columns]) if sp.issparse(matrix) else None
-    for genes in _slices(len(columns), len(rows)):
-        if by_gene is None:
-            yield genes, np.asarray(matrix)[np.ix_(rows, columns[genes])].T.astype(np.float64, order="C")
-        else:
-            yield genes, by_gene[:, genes].T.toarray().astype(np.float64)
+def by_gene(matrix: Matrix, rows: np.ndarray, columns: np.ndarray) -> Callable[[slice], np.ndarray]:
+    """What gives some of the columns, ``(genes, len(rows))`` float64."""
+    if not sp.issparse(matrix):
+        return lambda genes: np.asarray(matrix)[np.ix_(rows, columns[genes])].T.astype(np.float64, order="C")
+    chosen = sp.csc_matrix(sp.csr_matrix(matrix)[rows][:, columns])
+    return lambda genes: chosen[:, genes].T.toarray().astype(np.float64)
 
 
-def spot_chunks(matrix: Matrix, rows: np.ndarray, columns: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Some spots after the other across the genes: positions among ``rows``, and ``(spots, len(columns))`` float64."""
-    by_spot = sp.csr_matrix(matrix) if sp.issparse(matrix) else None
-    for spots in _slices(len(rows), len(columns)):
-        if by_spot is None:
-            yield spots, np.asarray(matrix)[np.ix_(rows[spots], columns)].astype(np.float64)
-        else:
-            yield spots, by_spot[rows[spots]][:, columns].toarray().astype(np.float64)
+def by_spot(matrix: Matrix, rows: np.ndarray, columns: np.ndarray) -> Callable[[slice], np.ndarray]:
+    """What gives some of the rows, ``(spots, len(columns))`` float64."""
+    if not sp.issparse(matrix):
+        return lambda spots: np.asarray(matrix)[np.ix_(rows[spots], columns)].astype(np.float64)
+    chosen = sp.csr_matrix(matrix)[rows][:, columns]
+    return lambda spots: chosen[spots].toarray().astype(np.float64)
 
 
-def _slices(n: int, length: int) -> Iterator[slice]:
+def slices(n: int, length: int) -> list[slice]:
+    """Cut ``n`` rows of some length so that not too many values are dense at a time."""
     size = max(_CHUNK // max(length, 1), 1)
-    return (slice(start, min(start + size, n)) for start in range(0, n, size))
+    return [slice(start, min(start + size, n)) for start in range(0, n, size)]

@@ -1,10 +1,10 @@
 """P-values of correlations between maps that are smooth, against maps of the same smoothness.
 
 Neighbouring spots are alike. Shuffled spots are not, so correlations with them are smaller than those between two smooth maps
-that have nothing to do with each other: against shuffled spots, every third pair of such maps is "significant". The null here
-is Moran spectral randomisation (Wagner & Dray 2015): a map is a sum of the modes of the tissue's graph of neighbours, from
-one end of the tissue to the other down to single spots, and random maps are made by turning modes upside down. They have
-the map's mean, variance and Moran's I, the tissue's outline, and no edges that were not there.
+that have nothing to do with each other: against shuffled spots, every third pair of such maps is "significant". The null here is
+spectral randomisation (Wagner & Dray 2015): a map is a sum of modes, from one end of the tissue to the other down to single
+spots, and random maps are made by turning modes upside down. They have the map's mean, variance and share of each scale, the
+tissue's outline, and no edges that were not there.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from scipy.spatial.distance import cdist
 from tqdm.auto import tqdm
 
-from stpredict.tl._metrics import Pairs, neighbour_graph
-from stpredict.tl._parts import Matrix, Part, gene_chunks
+from stpredict.tl._metrics import Pairs
+from stpredict.tl._parts import Matrix, Part, by_gene, slices
 
 # Modes cost the cube of the number of spots: a quarter of a minute and 0.5 GB here, eight times that for twice as many.
 _MAX_SPOTS = 5000
@@ -34,7 +35,7 @@ def permutation_p_values(
 ) -> np.ndarray:
     """How often the mean over sections of a gene's PCC is reached by chance, one-sided.
 
-    A missing value counts as the gene's mean. Of sections of more than 5,000 spots a grid of at most so many is taken.
+    A missing value counts as the gene's mean. Of a section of more than 5,000 spots so many are taken, at random.
 
     Parameters
     ----------
@@ -56,17 +57,15 @@ def permutation_p_values(
     total = np.zeros((n_permutations + 1, len(columns)), dtype=np.float32)
     n_defined = np.zeros(len(columns), dtype=np.int64)
     for part in tqdm(parts, desc="Permutations", delay=2, leave=False):
-        thinned = _thin(part.xy, _MAX_SPOTS)
-        modes = spatial_modes(part.xy[thinned])
-        signs = rng.choice(np.array([-1, 1], dtype=np.float32), size=(n_permutations + 1, len(modes)))
+        n_spots = min(len(part.rows), _MAX_SPOTS)
+        taken = np.sort(rng.choice(len(part.rows), n_spots, replace=False))
+        modes = spatial_modes(part.xy[taken])
+        signs = rng.choice(np.array([-1, 1], dtype=np.float32), size=(n_permutations + 1, n_spots))
         signs[0] = 1  # what was observed
-        chunks = zip(
-            gene_chunks(measured, part.rows[thinned], columns),
-            gene_chunks(predicted, part.rows[thinned], columns),
-            strict=True,
-        )
-        for (genes, x), (_, y) in chunks:
-            products = _mode_products(x, y, modes)
+        rows = part.rows[taken]
+        x, y = by_gene(measured, rows, columns), by_gene(predicted, rows, columns)
+        for genes in slices(len(columns), n_spots):
+            products = _mode_products(x(genes), y(genes), modes)
             defined = np.isfinite(products).all(axis=1)
             total[:, genes] += signs @ np.where(defined[:, None], products, 0).T
             n_defined[genes] += defined
@@ -76,9 +75,14 @@ def permutation_p_values(
 
 
 def spatial_modes(xy: np.ndarray) -> np.ndarray:
-    """``(n, n)`` orthonormal maps as columns, from smooth to rough: eigenvectors of the neighbours' graph Laplacian."""
-    graph = neighbour_graph(xy).toarray()
-    return np.linalg.eigh(np.diag(graph.sum(axis=1)) - graph)[1].astype(np.float32)
+    """``(n, n)`` orthonormal maps as columns, from the constant and rough ones to smooth ones.
+
+    They are the principal components of maps whose values differ the more, the farther apart two spots lie (a variogram that
+    grows with distance). Nothing is to be chosen for them, neither neighbours nor a range.
+    """
+    distances = cdist(xy, xy)
+    mean = distances.mean(axis=0)
+    return np.linalg.eigh(mean + mean[:, None] - distances - mean.mean())[1].astype(np.float32)
 
 
 def _mode_products(x: np.ndarray, y: np.ndarray, modes: np.ndarray) -> np.ndarray:
@@ -86,14 +90,3 @@ def _mode_products(x: np.ndarray, y: np.ndarray, modes: np.ndarray) -> np.ndarra
     pairs = Pairs(x, y)
     products = (pairs.xc.astype(np.float32) @ modes) * (pairs.yc.astype(np.float32) @ modes)
     return products / pairs.scale()[:, None]
-
-
-def _thin(xy: np.ndarray, n_max: int) -> np.ndarray:
-    """Positions of all spots, or of one in each cell of the finest square grid of which at most ``n_max`` cells have any."""
-    chosen = np.arange(len(xy))
-    low, extent = xy.min(axis=0), np.ptp(xy, axis=0).max()
-    n_cells = int(np.sqrt(len(xy)))
-    while len(chosen) > n_max:
-        n_cells = int(0.95 * n_cells)
-        chosen = np.unique(((xy - low) / extent * n_cells).astype(np.int64), axis=0, return_index=True)[1]
-    return np.sort(chosen)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+from numba import get_num_threads
 from tqdm.auto import tqdm
 
 from stpredict._results import Ceiling
 from stpredict.tl._bootstrap import bootstrap_interval
 from stpredict.tl._metrics import gene_metrics, mean_of_known, neighbour_graph, spot_metrics
 from stpredict.tl._noise_ceiling import is_determined, mean_ceiling
-from stpredict.tl._parts import MEAN, Matrix, Part, gene_chunks, spot_chunks
+from stpredict.tl._parts import MEAN, Matrix, Part, by_gene, by_spot, slices
 from stpredict.tl._permutation import permutation_p_values
 
 POOLED = "pooled"
@@ -29,6 +31,7 @@ METRICS = (
     "moran_measured",
     "moran_predicted",
 )
+OF_SPOTS = ("n", "pcc", "rmse")
 _COLUMNS = (*METRICS, "ceiling", "pcc_of_ceiling", "pcc_low", "pcc_high", "p_value", "q_value")
 _LABELS = ("model", "of", "name", "section", "group")
 
@@ -164,19 +167,35 @@ def _score_genes(
     """Across the spots of all the parts."""
     rows = np.concatenate([part.rows for part in parts])
     graph = sp.csr_matrix(sp.block_diag([neighbour_graph(part.xy) for part in parts]))
+    x, y = by_gene(measured, rows, columns), by_gene(predicted, rows, columns)
     scores = {name: np.empty(len(columns), dtype=np.int64 if name == "n" else np.float64) for name in METRICS}
-    chunks = zip(gene_chunks(measured, rows, columns), gene_chunks(predicted, rows, columns), strict=True)
-    for (genes, x), (_, y) in chunks:
-        for name, values in gene_metrics(x, y, graph).items():
+
+    def run(genes: slice) -> None:
+        for name, values in gene_metrics(x(genes), y(genes), graph).items():
             scores[name][genes] = values
-        bar.update(len(x))
+        bar.update(genes.stop - genes.start)
+
+    _run_in_threads(run, slices(len(columns), len(rows)))
     return scores
 
 
 def _score_spots(measured: Matrix, predicted: Matrix, columns: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
-    chunks = zip(spot_chunks(measured, rows, columns), spot_chunks(predicted, rows, columns), strict=True)
-    scores = [spot_metrics(x, y) for (_, x), (_, y) in chunks]
-    return {name: np.concatenate([chunk[name] for chunk in scores]) for name in scores[0]}
+    x, y = by_spot(measured, rows, columns), by_spot(predicted, rows, columns)
+    scores = {name: np.empty(len(rows), dtype=np.int64 if name == "n" else np.float64) for name in OF_SPOTS}
+
+    def run(spots: slice) -> None:
+        for name, values in spot_metrics(x(spots), y(spots)).items():
+            scores[name][spots] = values
+
+    _run_in_threads(run, slices(len(rows), len(columns)))
+    return scores
+
+
+def _run_in_threads(run: Callable[[slice], None], chunks: list[slice]) -> None:
+    """Numpy and numba let go of Python's lock for most of the time."""
+    with ThreadPoolExecutor(get_num_threads()) as pool:
+        for _ in pool.map(run, chunks):
+            pass
 
 
 def _q_values(p_values: np.ndarray) -> np.ndarray:

@@ -125,7 +125,7 @@ def _summary(genes: pd.DataFrame, spots: pd.DataFrame, n_bootstrap: int, random_
         "pcc_high": float(high[0]),
         "above_0.3": float((mean["pcc"] > _GOOD_PCC).sum() / defined.sum()) if defined.any() else np.nan,
         "predictable": float(predictable.sum() / tested.sum()) if tested.any() else np.nan,
-        "pcc_of_ceiling": float(mean["pcc_of_ceiling"].median()),
+        "pcc_of_ceiling": float(mean["pcc_of_ceiling"].dropna().median()),
         "spot_pcc": float(per_spot["pcc"]),
         "spot_rmse": float(per_spot["rmse"]),
     }
