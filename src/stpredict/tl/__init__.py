@@ -1,5 +1,6 @@
-"""Fit models to SpatialData, and predict with them."""
+"""Fit models to SpatialData, predict with them, and score what they predict."""
 
+from stpredict.tl._cross_validate import cross_validate
 from stpredict.tl._fit_m2ost import fit_m2ost
 from stpredict.tl._fit_nsl import fit_nsl
 from stpredict.tl._fit_ridge import fit_ridge
@@ -8,4 +9,4 @@ from stpredict.tl._predict import predict
 from stpredict.tl._score import score
 from stpredict.tl._summarize import summarize
 
-__all__ = ["fit_m2ost", "fit_nsl", "fit_ridge", "noise_ceiling", "predict", "score", "summarize"]
+__all__ = ["cross_validate", "fit_m2ost", "fit_nsl", "fit_ridge", "noise_ceiling", "predict", "score", "summarize"]

@@ -42,5 +42,6 @@ def bootstrap_interval(
     n_groups = sum(there[of_section == kind].any(axis=0).astype(int) for kind in range(len(kinds)))
     several = n_groups >= 2
     low, high = np.full((2, values.shape[1]), np.nan)
-    low[several], high[several] = np.nanquantile(means[:, several], _LEVELS, axis=0)
+    if several.any():  # constants have no correlation in any section
+        low[several], high[several] = np.nanquantile(means[:, several], _LEVELS, axis=0)
     return low, high
