@@ -149,12 +149,42 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights() -> No
     assert torch.isfinite(weights(network)).all()
 
 
-def test_out_of_memory_names_the_knob(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_are_not_finite_are_not_kept() -> None:
+    class Explode(_training.L.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, index: int) -> None:
+            # As a gradient would that overflows in the last step of an epoch: no loss shows it.
+            if trainer.current_epoch == 1 and trainer.is_last_batch:
+                with torch.no_grad():
+                    module.network.head.weight[0, 0] = float("nan")
+
+    data = make_data()._replace(validation=np.array([], dtype=int))
+    network, history = fit(data, trainer_kwargs={**QUIET, "callbacks": [Explode()]})
+    assert len(history["train_loss"]) == 1
+    assert torch.isfinite(weights(network)).all()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4096 bytes."),
+    ],
+)
+def test_out_of_memory_names_the_knobs(error: RuntimeError, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*args: Any, **kwargs: Any) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        raise error
 
     monkeypatch.setattr(_training.L.Trainer, "fit", full)
-    with pytest.raises(MemoryError, match="Lower `batch_size`"):
+    with pytest.raises(MemoryError, match="batch of 8 spots on 'cpu'. Lower `batch_size`.*accumulate_grad.*`preset`"):
+        fit(make_data())
+
+
+def test_other_errors_are_not_taken_for_a_full_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(_training.L.Trainer, "fit", fail)
+    with pytest.raises(RuntimeError, match="something else"):
         fit(make_data())
 
 

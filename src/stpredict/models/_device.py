@@ -17,7 +17,18 @@ def resolve_device(device: str) -> str:
         raise ValueError(f"`device` is {device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:<number>'.")
     if kind == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"`device` is {device!r}, but PyTorch finds no GPU here; use device='auto' or 'cpu'.")
+    if kind == "cuda" and (torch.device(device).index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"`device` is {device!r}, but there are {torch.cuda.device_count()} GPUs, numbered from 0.")
     return device
+
+
+def resolve_precision(precision: str, device: str) -> str:
+    """Turn ``"auto"`` into ``"bf16"`` where that is faster, else ``"32"``."""
+    if precision not in ("auto", "bf16", "32"):
+        raise ValueError(f"`precision` is {precision!r}; expected 'auto', 'bf16' or '32'.")
+    if precision == "auto":
+        return "bf16" if supports_bf16(device) else "32"
+    return precision
 
 
 def supports_bf16(device: str) -> bool:

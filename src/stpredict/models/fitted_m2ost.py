@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from stpredict.models import _io
-from stpredict.models._device import resolve_device, supports_bf16
+from stpredict.models._device import resolve_device, resolve_precision
 from stpredict.models.m2ost import M2OST
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ class FittedM2OST:
         """
         device = resolve_device(device)
         kind = torch.device(device).type
-        use_bf16 = precision == "bf16" or (precision == "auto" and supports_bf16(device))
+        use_bf16 = resolve_precision(precision, device) == "bf16"
         network = self.network.to(device)
         network.eval()
         predicted = np.empty((len(patches), len(self.genes)), dtype=np.float32)
@@ -176,9 +176,9 @@ class FittedM2OST:
             f"M2OST of {len(self.genes)} genes ({config['levels']} levels of {config['image_size']} x "
             f"{config['image_size']} pixels, {n_parameters:,} parameters)"
         )
-        if len(losses := self.history.get("train_loss", ())):
+        if self.history:
+            losses, validated = self.history["train_loss"], self.history["val_loss"]
             text += f"\n  fit: {len(losses)} epochs; "
-            validated = self.history["val_loss"]
             if np.isfinite(validated).any():
                 best = int(np.nanargmin(validated))
                 text += f"lowest validation loss {validated[best]:.4f} in epoch {best}"

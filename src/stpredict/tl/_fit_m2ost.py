@@ -125,7 +125,7 @@ def fit_m2ost(
     ArithmeticError
         The loss is not finite in the first epoch; if that happens later, the last good weights are kept, with a warning.
     MemoryError
-        The GPU's memory is full.
+        The memory of the GPU or the computer is full.
 
     References
     ----------
@@ -142,6 +142,7 @@ def fit_m2ost(
     """
     import torch
 
+    from stpredict.models._device import resolve_precision
     from stpredict.models.fitted_m2ost import FittedM2OST
     from stpredict.models.m2ost import M2OST
     from stpredict.tl import _training
@@ -174,6 +175,7 @@ def fit_m2ost(
         coordinate_system=coordinate_system,
         device=device,
     )
+    precision = resolve_precision(precision, device)
     is_validation, how = np.zeros(len(targets.rows), dtype=bool), "none"
     if validation > 0:
         is_validation, how = validation_mask(

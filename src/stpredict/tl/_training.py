@@ -17,9 +17,10 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.memory import is_oom_error
 from scanpy import logging as logg
 
-from stpredict.models._device import supports_bf16
+from stpredict.models._device import resolve_precision
 from stpredict.models.fitted_m2ost import PatchSource
 from stpredict.models.m2ost import M2OST
 from stpredict.tl._batches import Batch, Batches
@@ -118,7 +119,7 @@ def train(
     NonFiniteLoss
         In the first epoch; later the last good weights are returned, with a warning.
     MemoryError
-        The GPU's memory is full.
+        The memory of the GPU or the computer is full.
     """
     module = _Training(network, data, recipe, random_state)
     kind = torch.device(device)
@@ -131,12 +132,11 @@ def train(
         if (last := checkpoint_dir / "last.ckpt").is_file():
             resume_from = last
             logg.info(f"Going on from {last}.")
-    use_bf16 = precision == "bf16" or (precision == "auto" and supports_bf16(device))
     arguments: dict[str, Any] = {
         "max_epochs": recipe.max_epochs,
         "accelerator": "gpu" if kind.type == "cuda" else "cpu",
         "devices": 1 if kind.index is None else [kind.index],
-        "precision": "bf16-mixed" if use_bf16 else "32-true",
+        "precision": "bf16-mixed" if resolve_precision(precision, device) == "bf16" else "32-true",
         "gradient_clip_val": recipe.gradient_clip,
         "logger": CSVLogger(checkpoint_dir, name="log") if checkpoint_dir is not None else False,
         "log_every_n_steps": 1,
@@ -156,9 +156,11 @@ def train(
         if not np.isfinite(module.history.numpy(force=True)[:, 0]).any():
             raise
         logg.warning(f"{error} Training stopped; the last good weights are kept.")
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_oom_error(error):
+            raise
         raise MemoryError(
-            f"The GPU's memory is full at a batch of {recipe.batch_size} spots. Lower `batch_size`, and keep the global "
+            f"Memory is full at a batch of {recipe.batch_size} spots on {device!r}. Lower `batch_size`, and keep the global "
             "batch with `trainer_kwargs={'accumulate_grad_batches': 2}`; or choose a smaller `preset`."
         ) from error
     history = module.history.numpy(force=True)
@@ -230,6 +232,11 @@ class _Training(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         # Lightning validates before this hook, so the history of the epoch is complete here.
         self._check_losses()
+        if not all(parameter.isfinite().all() for parameter in self.network.parameters()):
+            raise NonFiniteLoss(
+                f"The weights are not finite after epoch {self.current_epoch}: lower `learning_rate`, or check the "
+                "expression for extreme values."
+            )
         losses = torch.stack(self._losses)
         weights = torch.tensor(self._weights, device=losses.device)
         mean = self.trainer.strategy.reduce((losses * weights).sum() / weights.sum(), reduce_op="mean")

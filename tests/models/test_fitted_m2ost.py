@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import stpredict as stp
+from stpredict.models import M2OST, FittedM2OST
+
+SIZES: dict[str, Any] = {"levels": 2, "image_size": 32, "width": 16, "depth": 1, "heads": 2, "head_width": 8}
+GENES = ["a", "b", "c"]
+
+
+def fitted(**sizes: Any) -> FittedM2OST:
+    torch.manual_seed(0)
+    network = M2OST(len(GENES), **{**SIZES, "mlp_width": 16, "gate_width": 16, **sizes})
+    history = {"train_loss": np.array([1.0, 0.5]), "val_loss": np.array([np.nan, np.nan])}
+    return FittedM2OST(network, GENES, np.array([1.0, 2, 3]), np.array([0.5, 1, 2]), history, {"field": 1.5})
+
+
+def spots(n: int = 7, levels: int = 2) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (n, levels, 3, 32, 32), dtype=np.uint8)
+
+
+def test_predictions_are_in_units_of_the_expression() -> None:
+    model = fitted()
+    predicted = model.predict(spots(), batch_size=3, device="cpu", precision="32")
+    with torch.inference_mode():
+        standardised = model.network(torch.from_numpy(spots())).numpy()
+    np.testing.assert_allclose(predicted, standardised * model.scale + model.mean, rtol=1e-4, atol=1e-5)
+    assert predicted.dtype == np.float32
+    assert not model.network.training
+    bf16 = model.predict(spots(), device="cpu", precision="bf16")
+    np.testing.assert_allclose(bf16, predicted, atol=0.1)
+    assert not np.array_equal(bf16, predicted)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    model = fitted()
+    loaded = stp.models.load(model.save(tmp_path / "model"))
+    np.testing.assert_array_equal(loaded.predict(spots(), device="cpu"), model.predict(spots(), device="cpu"))
+    assert (loaded.genes, loaded.params, loaded.network.config) == (GENES, model.params, model.network.config)
+    np.testing.assert_array_equal(loaded.history["val_loss"], model.history["val_loss"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"network": {"depth": 2}}, r"damaged or incomplete.*Missing key.*blocks\.1"),
+        ({"network": {"width": 32}}, "damaged or incomplete.*size mismatch"),
+        ({"network": {"image_size": 33}}, "damaged or incomplete.*image_size=33"),
+        ({"genes": ["a", "b"]}, "damaged or incomplete.*do not have the 2 values of the genes"),
+    ],
+)
+def test_weights_of_another_architecture(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    header = fitted().save(tmp_path / "model") / "model.json"
+    content = json.loads(header.read_text())
+    for name, value in change.items():
+        content[name] = {**content[name], **value} if isinstance(value, dict) else value
+    header.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        stp.models.load(tmp_path / "model")
+
+
+@pytest.mark.parametrize("levels", [1, 3])
+def test_patches_of_fewer_or_more_levels(levels: int) -> None:
+    with pytest.raises(ValueError, match=rf"shape \(7, {levels}, 3, 32, 32\); this network takes.*levels=2"):
+        fitted().predict(spots(levels=levels), device="cpu")
+
+
+def test_unknown_precision() -> None:
+    with pytest.raises(ValueError, match="`precision` is '16'"):
+        fitted().predict(spots(), device="cpu", precision="16")
+
+
+def test_checkpoint_of_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = fitted().network
+    monkeypatch.setattr(M2OST, "from_authors", lambda state_dict: network)  # tested with the network
+    model = FittedM2OST.from_authors({}, GENES)
+    with torch.inference_mode():
+        expected = network(torch.from_numpy(spots())).numpy()
+    np.testing.assert_allclose(model.predict(spots(), device="cpu", precision="32"), expected, rtol=1e-4, atol=1e-5)
+    assert model.params == {"field": 1.54}
+    with pytest.raises(ValueError, match="predicts 3 genes, but `genes` has 2 names"):
+        FittedM2OST.from_authors({}, GENES[:2])
+
+
+def test_what_it_says_of_itself() -> None:
+    model = fitted()
+    assert repr(model).endswith("2 epochs; training loss 0.5000 in the last")
+    model.history["val_loss"] = np.array([0.7, 0.9])
+    assert repr(model).endswith("2 epochs; lowest validation loss 0.7000 in epoch 0")
+    model.history.clear()
+    assert repr(model).startswith("M2OST of 3 genes (2 levels of 32 x 32 pixels, ")
+    assert "fit:" not in repr(model)
