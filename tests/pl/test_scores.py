@@ -70,8 +70,7 @@ def test_a_point_for_each_gene_at_its_mean_over_sections(make_scores: MakeScores
 
 def test_medians_and_intervals_are_printed(make_scores: MakeScores) -> None:
     scores = make_scores()
-    defined = scores[~scores["model"].isin(CONSTANTS).to_numpy()]
-    summary = stp.tl.summarize(defined.assign(q_value=np.nan))
+    summary = stp.tl.summarize(scores.assign(q_value=np.nan))
     ax = stp.pl.scores(scores)
     for model in ("position", "nsl", "m2ost"):
         value, low, high = summary.loc[model, ["pcc", "pcc_low", "pcc_high"]]
@@ -83,11 +82,18 @@ def test_medians_and_intervals_are_printed(make_scores: MakeScores) -> None:
     assert legend(stp.pl.scores(by_section))[0] == "median, 95 % bootstrap over 4 sections"
 
 
+def undefined(scores: pd.DataFrame) -> pd.DataFrame:
+    """A model has no error anywhere."""
+    scores.loc[(scores["model"] == "m2ost").to_numpy(), "rmse"] = np.nan
+    return scores
+
+
 def test_constants_keep_a_row(make_scores: MakeScores) -> None:
     ax = stp.pl.scores(make_scores())
     shown = texts(ax)
     assert shown.count("constant: no correlation across spots") == 2
     assert [text for text in shown if text in CONSTANTS] == CONSTANTS
+    assert "not defined" in texts(stp.pl.scores(undefined(make_scores()), metric="rmse"))
 
 
 def test_what_has_to_be_beaten_and_the_ceiling_go_across(make_scores: MakeScores) -> None:
@@ -193,6 +199,8 @@ def test_parts_of_sections_are_called_so(make_scores: MakeScores) -> None:
     ax = stp.pl.scores(scores)
     assert ax.get_xlabel().endswith("(mean of 4 parts of sections)")
     assert legend(ax)[0] == "median, 95 % bootstrap over 2 sections"
+    ax = stp.pl.scores(scores.assign(group=scores["section"]))
+    assert legend(ax)[0] == "median, 95 % bootstrap over 4 parts of sections"
 
 
 def test_spots(make_scores: MakeScores) -> None:

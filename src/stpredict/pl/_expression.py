@@ -18,7 +18,7 @@ from spatialdata import SpatialData
 
 from stpredict._sdata import Section, read_sections, read_table, section_name
 from stpredict.pl._axes import take_axes
-from stpredict.pl._gene import noise_ceiling, pcc, pcc_text, read_measured, read_predicted, seen_in_training
+from stpredict.pl._gene import pcc_note, read_measured, read_predicted, seen_in_training
 from stpredict.pl._sections import draw_scale_bar, micrometres_per_pixel
 from stpredict.pl._tissue import View, tissue_in_view, view_of_spots
 
@@ -179,8 +179,8 @@ def _notes(
     if kind := seen_in_training(table, layer, rows, predicted):
         yield kind
     if measured is not None:
-        ceiling = noise_ceiling(table, gene, [section_name(section, table)])
-        yield pcc_text(pcc(measured[rows], predicted[rows]), ceiling)
+        names = [section_name(section, table)] * len(rows)
+        yield pcc_note(table, gene, layer, rows, names, measured, predicted)
 
 
 class _Scale(NamedTuple):

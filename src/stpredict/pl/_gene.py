@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from anndata import AnnData
 
-from stpredict._results import measured_layer, read_noise_ceiling, training_rows
+from stpredict._results import measured_layer, model_params, read_noise_ceiling, training_rows
 from stpredict.pl._style import number
 from stpredict.tl._noise_ceiling import is_determined, mean_ceiling
 
@@ -57,16 +57,48 @@ def seen_in_training(table: AnnData, layer: str, rows: np.ndarray, predicted: np
     return "held out" if training.as_fitted else ""
 
 
-def pcc(measured: np.ndarray, predicted: np.ndarray) -> float:
-    """Pearson's correlation over the spots that have both; NaN with fewer than three of them or without variation."""
-    both = np.isfinite(measured) & np.isfinite(predicted)
-    x, y = measured[both], predicted[both]
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return np.nan
-    return float(np.corrcoef(x, y)[0, 1])
+def pcc_note(
+    table: AnnData,
+    gene: str,
+    layer: str,
+    rows: np.ndarray,
+    sections: Sequence[str],
+    measured: np.ndarray,
+    predicted: np.ndarray,
+) -> str:
+    """Such as "mean PCC 0.41 of at most 0.62".
+
+    Parameters
+    ----------
+    table
+        Its noise ceiling is told too, if it has one.
+    gene, layer
+        Gene, and where its predictions are.
+    rows
+        ``n`` rows to correlate.
+    sections
+        Their sections. Correlations are taken within each, and of a cross-validated layer also within each fold: levels
+        of a gene that differ between folds are no prediction.
+    measured, predicted
+        ``(n_obs,)`` values.
+    """
+    parts, part = np.unique([*zip(sections, _folds(table, layer)[rows], strict=True)], axis=0, return_inverse=True)
+    each = [pcc(measured[rows[part == i]], predicted[rows[part == i]]) for i in range(len(parts))]
+    known = [value for value in each if np.isfinite(value)]
+    if not known:
+        return "PCC undefined"
+    text = ("mean " if len(each) > 1 else "") + f"PCC {number(float(np.mean(known)))}"
+    ceiling = _noise_ceiling(table, gene, list(dict.fromkeys(sections)))
+    return text + (f" of at most {number(ceiling)}" if np.isfinite(ceiling) else "")
 
 
-def noise_ceiling(table: AnnData, gene: str, sections: Sequence[str]) -> float:
+def _folds(table: AnnData, layer: str) -> np.ndarray:
+    """``(n_obs,)`` fold that held a row out; the same for all rows where the layer is not of cross-validation."""
+    column = str(model_params(table, layer).get("cv", ""))
+    return table.obs[column].astype(str).to_numpy() if column in table.obs else np.full(table.n_obs, "")
+
+
+def _noise_ceiling(table: AnnData, gene: str, sections: Sequence[str]) -> float:
     """The highest PCC within reach in these sections, where :func:`stpredict.tl.noise_ceiling` has found one, else NaN."""
     stored = read_noise_ceiling(table, [gene], sections)
     if stored is None:
@@ -75,8 +107,10 @@ def noise_ceiling(table: AnnData, gene: str, sections: Sequence[str]) -> float:
     return float(mean.value[0]) if is_determined(mean)[0] else np.nan
 
 
-def pcc_text(pcc: float, ceiling: float) -> str:
-    """Such as "PCC 0.41 of at most 0.62"."""
-    if not np.isfinite(pcc):
-        return "PCC undefined"
-    return f"PCC {number(pcc)}" + (f" of at most {number(ceiling)}" if np.isfinite(ceiling) else "")
+def pcc(measured: np.ndarray, predicted: np.ndarray) -> float:
+    """Pearson's correlation over the spots that have both; NaN with fewer than three of them or without variation."""
+    both = np.isfinite(measured) & np.isfinite(predicted)
+    x, y = measured[both], predicted[both]
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return np.nan
+    return float(np.corrcoef(x, y)[0, 1])

@@ -22,7 +22,7 @@ from stpredict._images import listed
 from stpredict._results import training_rows
 from stpredict._sdata import read_spots, read_table
 from stpredict.pl._axes import take_axes
-from stpredict.pl._gene import noise_ceiling, pcc, pcc_text, read_measured, read_predicted, seen_in_training
+from stpredict.pl._gene import pcc_note, read_measured, read_predicted, seen_in_training
 from stpredict.pl._style import DENSITY, HALO, PALETTE
 from stpredict.tl._parts import section_names
 from stpredict.tl._targets import row_mask
@@ -47,8 +47,8 @@ def scatter(
 
     Both axes have the same scale, and a light line marks where the two are equal. Points along it mean that predictions
     are right on average; how widely they lie apart from left to right is how much the model tells spots apart. The title
-    gives the PCC as :func:`stpredict.tl.score` does, a mean over sections where there are several, beside the highest
-    within reach of any predictor where :func:`stpredict.tl.noise_ceiling` has found it, and says whether the model was
+    gives the PCC as scores do, a mean over sections (and folds of cross-validation) where there are several, beside the
+    highest within reach of any predictor where :func:`stpredict.tl.noise_ceiling` has found it, and says whether the model was
     fitted to these spots, as in :func:`stpredict.pl.expression`.
 
     Parameters
@@ -150,12 +150,9 @@ def _read_panel(
     if not len(rows):
         which = "" if spots in (None, "all") else f" among those that `obs[{spots!r}]` chooses"
         raise ValueError(f"No spot{which} has both a measured and a predicted value of {gene!r}.")
-    there = list(np.unique(sections[rows]))
-    each = [pcc(measured[here], predicted[here]) for here in (rows[sections[rows] == name] for name in there)]
-    known = [value for value in each if np.isfinite(value)]
-    text = pcc_text(float(np.mean(known)) if known else np.nan, noise_ceiling(table, gene, there))
     kind = seen_in_training(table, layer, rows, predicted)
-    note = (f"{kind} · " if kind else "") + ("mean " if len(each) > 1 and known else "") + text
+    text = pcc_note(table, gene, layer, rows, list(sections[rows]), measured, predicted)
+    note = f"{kind} · {text}" if kind else text
     return _Panel(gene, rows, measured[rows], predicted[rows], note)
 
 

@@ -16,8 +16,9 @@ from matplotlib.transforms import ScaledTranslation
 from scipy.optimize import isotonic_regression
 from scipy.stats import gaussian_kde
 
-from stpredict.pl._score_values import GENE_MEANS, ModelScores, sections_of
+from stpredict.pl._score_values import ModelScores, sections_of
 from stpredict.pl._style import BASELINE, CEILING, CEILING_MEDIAN, HALO, MARKERS, PALETTE, number
+from stpredict.tl._baselines import TRAINING_MEAN
 
 # Fewer values make no density.
 _DENSITY = 20
@@ -103,8 +104,10 @@ def draw_rows(
 
 def _write(ax: Axes, x: float, y: float, text: str, side: str, **style: Any) -> None:
     """Text in a row, readable across lines; ``x`` is a part of the axes' width."""
+    if 0 <= x <= 1:
+        style["path_effects"] = [HALO]
     where: dict[str, Any] = {"transform": ax.get_yaxis_transform(), "ha": side, "multialignment": side, "va": "center"}
-    ax.text(x, y, text, path_effects=[HALO], zorder=7, linespacing=1.1, fontsize="x-small", **where, **style)
+    ax.text(x, y, text, zorder=7, linespacing=1.1, fontsize="x-small", **where, **style)
 
 
 def _limits(models: list[ModelScores], ceiling: pd.Series, genes: list[str]) -> tuple[float, float]:
@@ -127,7 +130,7 @@ def _draw_references(ax: Axes, references: list[ModelScores]) -> list[Line2D]:
     handles = []
     for model, style in zip(references, _STYLES, strict=False):
         ax.axvline(model.center(), color="0.35", linewidth=1, linestyle=style, zorder=1.5)
-        note = ": gene means alone" if model.name == GENE_MEANS else " (median)"
+        note = ": gene means alone" if model.name == TRAINING_MEAN else " (median)"
         handles.append(Line2D([], [], color="0.35", linewidth=1, linestyle=style, label=model.name + note))
     return handles
 
@@ -172,10 +175,13 @@ def _draw_center(ax: Axes, at: float, model: ModelScores, color: str) -> None:
 
 
 def _center_handle(models: list[ModelScores]) -> Line2D:
-    groups = set(models[0].groups)
+    groups, parts = set(models[0].groups), models[0].parts
     if len(groups) < 2:
         return Line2D([], [], color="black", linestyle="", label="median", **_CENTER)
-    resampled = "sections" if groups <= sections_of(models[0].parts) else "patients"
+    if groups <= sections_of(parts):
+        resampled = "sections"
+    else:
+        resampled = "parts of sections" if groups <= set(parts) else "patients"
     label = f"median, 95 % bootstrap over {len(groups)} {resampled}"
     return Line2D([], [], color="black", linewidth=1.6, label=label, **_CENTER)
 
@@ -197,7 +203,7 @@ def _name_genes(ax: Axes, y: np.ndarray, models: list[ModelScores], genes: list[
     ax.figure.canvas.figure.draw_without_rendering()
     labels = [ax.text(0, 1, gene, transform=ax.transAxes, fontsize="x-small", style="italic") for gene, *_ in tops]
     boxes = [label.get_window_extent() for label in labels]
-    widths = np.array([box.width for box in boxes]) + boxes[0].height
+    widths = np.array([box.width for box in boxes]) + 1.5 * boxes[0].height
     upright = widths.sum() > ax.bbox.width
     if upright:
         widths[:] = 1.2 * boxes[0].height

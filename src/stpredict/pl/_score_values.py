@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 
 from stpredict._images import listed
+from stpredict.tl._baselines import SECTION_MEAN, TRAINING_MEAN
 from stpredict.tl._bootstrap import bootstrap_interval
-from stpredict.tl._scoring import MEAN, POOLED
+from stpredict.tl._parts import MEAN
+from stpredict.tl._scoring import POOLED
 
-# Baselines that look at no pixel, and the mark of those that look at what is to be predicted.
-GENE_MEANS, _POSITION = "mean of training spots", "position"
-_ORACLE = "(oracle)"
+_POSITION = "position"
 _N_BOOTSTRAP = 1000
 _COLUMNS = ("model", "of", "name", "section", "group")
 
@@ -189,6 +189,6 @@ def references(models: list[ModelScores], metric: str, of: str) -> list[ModelSco
         return []
     sign = 1 if best == "max" else -1
     known = [model for model in models if model.is_baseline and np.isfinite(model.center())]
-    blind = [model for model in known if model.name == GENE_MEANS or (of == "gene" and model.name == _POSITION)]
-    seeing = [model for model in known if model.name not in (GENE_MEANS, _POSITION) and _ORACLE not in model.name]
+    blind = [model for model in known if model.name == TRAINING_MEAN or (of == "gene" and model.name == _POSITION)]
+    seeing = [model for model in known if model.name not in (TRAINING_MEAN, SECTION_MEAN, _POSITION)]
     return [max(part, key=lambda model: sign * model.center()) for part in (blind, seeing) if part]

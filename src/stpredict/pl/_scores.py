@@ -28,6 +28,7 @@ from stpredict.pl._score_values import (
 from stpredict.pl._style import MARKERS, number
 
 Kind = Literal["genes", "rank", "sections", "spots"]
+_CORRELATIONS = ("pcc", "spearman", "pcc_of_ceiling")
 
 
 def scores(
@@ -126,7 +127,7 @@ def scores(
         ax.set_title(f"{what}\nmedian over {of}s", fontsize="medium")
     else:
         ax = take_single_axes(ax, 5.5, 1.3 + 0.5 * len(found))
-        undefined = "constant: no correlation across spots" if metric in ("pcc", "spearman") else "not defined"
+        undefined = "constant: no correlation across spots" if metric in _CORRELATIONS else "not defined"
         draw_rows(
             ax,
             found,
