@@ -25,8 +25,8 @@ from stpredict.tl._baselines import (
 )
 from stpredict.tl._fold_data import FoldData, bare_copy, fold_data
 from stpredict.tl._fold_models import predict_folds
-from stpredict.tl._folds import Split, fold_parts, make_folds
-from stpredict.tl._parts import Part
+from stpredict.tl._folds import Split, make_folds
+from stpredict.tl._parts import Part, make_parts
 from stpredict.tl._protocols import PROTOCOLS, read_counts
 from stpredict.tl._scoring import MEAN, POOLED, score_predictions
 
@@ -189,7 +189,7 @@ def cross_validate(
     frame = _score(
         table,
         data,
-        fold_parts(table, spots, folds, pooled=PROTOCOLS[protocol].pooled),
+        make_parts(table, spots, {fold.name: fold.test for fold in folds}, whole_folds=PROTOCOLS[protocol].pooled),
         {name: predicted[name] for name in (*references, *models)},
         n_permutations=n_permutations,
         n_bootstrap=n_bootstrap,
@@ -213,7 +213,7 @@ def cross_validate(
 def _score(
     table: AnnData,
     data: Sequence[FoldData],
-    parts: Sequence[Sequence[Part]],
+    parts: Mapping[str, Sequence[Part]],
     predicted: Mapping[str, Sequence[np.ndarray]],
     **settings: int,
 ) -> pd.DataFrame:
@@ -221,7 +221,7 @@ def _score(
     columns = np.unique(np.concatenate([part.columns for part in data]))
     genes = table.var_names[columns]
     measured = _assemble([part.measured for part in data], data, columns, table.n_obs)
-    flat = [part for of_fold in parts for part in of_fold]
+    flat = [part for of_fold in parts.values() for part in of_fold]
     frames = []
     for name, values in predicted.items():
         if all(np.isnan(of_fold).all() for of_fold in values):
@@ -247,13 +247,13 @@ def _score(
 
 
 def _is_variable(
-    frame: pd.DataFrame, table: AnnData, data: Sequence[FoldData], parts: Sequence[Sequence[Part]]
+    frame: pd.DataFrame, table: AnnData, data: Sequence[FoldData], parts: Mapping[str, Sequence[Part]]
 ) -> pd.Series:
     """Rows of genes that are highly variable in the fold of their section; of aggregates, in any fold."""
     found = [
         pd.DataFrame({"name": table.var_names[of_fold.columns[of_fold.variable]], "section": section})
-        for of_fold, scored in zip(data, parts, strict=True)
-        for section in (*(part.name for part in scored), MEAN, POOLED)
+        for of_fold in data
+        for section in (*(part.name for part in parts[of_fold.fold.name]), MEAN, POOLED)
     ]
     variable = pd.MultiIndex.from_frame(pd.concat(found).drop_duplicates())
     rows = pd.MultiIndex.from_arrays([frame["name"].astype(str), frame["section"].astype(str)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -13,7 +12,6 @@ from scanpy import logging as logg
 from scipy.spatial import cKDTree
 
 from stpredict._sdata import Spots, section_name
-from stpredict.tl._parts import Part
 
 Split = Literal["groups", "blocks", "random"]
 
@@ -84,50 +82,6 @@ def make_folds(
         how = f"{n_folds} random parts of the spots"
     _check(folds, margin)
     return how, folds
-
-
-def fold_parts(table: AnnData, sections: Sequence[Spots], folds: Sequence[Fold], *, pooled: bool) -> list[list[Part]]:
-    """What is scored together of each fold: what it holds of each section or, ``pooled``, all of it.
-
-    Predictions of different folds are never scored together: their models differ, and with them the level of each gene,
-    so that even constants would seem to be correlated with what was measured (from below: where a fold is left out, the
-    mean of the others is low when its own is high).
-    """
-    names = [section_name(section, table) for section in sections]
-    parts = []
-    for fold in folds:
-        in_fold = [np.flatnonzero(fold.test[section.rows]) for section in sections]
-        of_fold = [
-            Part(
-                name if len(chosen) == len(section.rows) else f"{name} · {fold.name}",
-                _group(table, section.rows[chosen], name),
-                section.rows[chosen],
-                section.xy[chosen],
-            )
-            for name, section, chosen in zip(names, sections, in_fold, strict=True)
-            if len(chosen) >= _MIN_TEST
-        ]
-        parts.append([_join(fold.name, of_fold)] if pooled and of_fold else of_fold)
-    flat = [part for of_fold in parts for part in of_fold]
-    if len({part.group for part in flat}) > 1:
-        return parts
-    # Of one section, the blocks are all that a bootstrap can draw.
-    return [[replace(part, group=part.name) for part in of_fold] for of_fold in parts]
-
-
-def _group(table: AnnData, rows: np.ndarray, section: str) -> str:
-    """The patient of these rows where ``obs`` knows several patients, else the section."""
-    if "patient" in table.obs and table.obs["patient"].nunique() > 1:
-        return str(table.obs["patient"].iloc[rows[0]])
-    return section
-
-
-def _join(name: str, parts: Sequence[Part]) -> Part:
-    """One part of several sections, which lie far apart."""
-    widths = [float(np.ptp(part.xy[:, 0])) for part in parts]
-    left = np.cumsum([0, *(3 * width + 1 for width in widths[:-1])])
-    xy = [part.xy - part.xy.min(axis=0) + [x, 0] for part, x in zip(parts, left, strict=True)]
-    return Part(name, parts[0].group, np.concatenate([part.rows for part in parts]), np.concatenate(xy))
 
 
 def _groups(

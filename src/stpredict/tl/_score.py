@@ -14,14 +14,11 @@ from scanpy import logging as logg
 from spatialdata import SpatialData
 
 from stpredict import _results
-from stpredict._sdata import Spots, read_spots, read_table
-from stpredict.tl._parts import Part, section_names
+from stpredict._sdata import read_spots, read_table
+from stpredict.tl._parts import make_parts
 from stpredict.tl._scoring import Scores, score_predictions
 from stpredict.tl._summarize import PREDICTABLE, summarize
 from stpredict.tl._targets import row_mask, select_genes
-
-# A correlation of two spots is 1 or -1 whatever they hold.
-_MIN_SPOTS = 3
 
 
 def score(
@@ -150,7 +147,9 @@ def score(
     known = np.ones(table.shape, dtype=bool) if sp.issparse(predicted) else np.isfinite(np.asarray(predicted))
     columns = _choose_genes(table, measured, known, genes, layer)
     rows, which = _choose_spots(table, layer, known.sum(axis=1) > 0, spots)
-    parts = _parts(table, read_spots(sdata, table, shapes_key=shapes_key), rows & known[:, columns].any(axis=1))
+    folds = _folds(table, layer, rows & known[:, columns].any(axis=1))
+    of_folds = make_parts(table, read_spots(sdata, table, shapes_key=shapes_key), folds)
+    parts = [part for of_fold in of_folds.values() for part in of_fold]
     scores = score_predictions(
         measured,
         predicted,
@@ -238,33 +237,13 @@ def _choose_spots(table: AnnData, layer: str, predicted: np.ndarray, spots: str 
     return held_out, "held out"
 
 
-def _parts(table: AnnData, sections: list[Spots], rows: np.ndarray) -> list[Part]:
-    """Sections that have enough spots to score."""
-    names = section_names(sections, table)
-    parts = []
-    for section, name in zip(sections, names, strict=True):
-        chosen = rows[section.rows]
-        if chosen.sum() >= _MIN_SPOTS:
-            parts.append(Part(name, name, section.rows[chosen], section.xy[chosen]))
-        elif chosen.any():
-            logg.warning(f"Only {chosen.sum()} spots to score in section {name!r}, which is left out.")
-    if not parts:
-        raise ValueError(
-            f"No section has at least {_MIN_SPOTS} spots to score: there are {rows.sum()} in the sections {names[:8]}. A "
-            "correlation needs more; choose with `spots`."
-        )
-    patients = [_patient(table, part) for part in parts]
-    if None in patients or len(set(patients)) < 2:
-        return parts
-    return [Part(part.name, str(patient), part.rows, part.xy) for part, patient in zip(parts, patients, strict=True)]
-
-
-def _patient(table: AnnData, part: Part) -> str | None:
-    """The patient of all of a section's rows, if there is one."""
-    if "patient" not in table.obs:
-        return None
-    found = table.obs["patient"].iloc[part.rows].unique()
-    return str(found[0]) if len(found) == 1 and not pd.isna(found[0]) else None
+def _folds(table: AnnData, layer: str, rows: np.ndarray) -> dict[str, np.ndarray]:
+    """Rows to score, by the fold that held them out where the layer was cross-validated."""
+    key = _results.model_params(table, layer).get("cv")
+    if key is None or key not in table.obs:
+        return {"": rows}
+    fold_of = table.obs[key].astype(str).to_numpy()
+    return {str(fold): rows & (fold_of == str(fold)) for fold in table.obs[key].cat.categories}
 
 
 def _of_genes(scores: Scores, columns: np.ndarray, n_vars: int) -> dict[str, np.ndarray]:
