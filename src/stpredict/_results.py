@@ -344,17 +344,17 @@ def write_scores(
 _CEILING = "noise_ceiling"
 
 
-class Ceiling(NamedTuple):
-    """Highest PCC of genes in sections and its standard error, ``(S, G)`` each, NaN where it is not known."""
+class Halves(NamedTuple):
+    """PCC of the halves of the counts of genes in sections, and its standard error; ``(S, G)`` each, NaN where not known."""
 
-    value: np.ndarray
+    pcc: np.ndarray
     error: np.ndarray
 
 
 def write_noise_ceiling(
-    table: AnnData, key: str, genes: Sequence[str], sections: Sequence[str], mean: Ceiling, made_of: dict[str, Any]
+    table: AnnData, key: str, genes: Sequence[str], ceiling: np.ndarray, error: np.ndarray, made_of: dict[str, Any]
 ) -> None:
-    """Write ceilings of genes, averaged over sections, and those of each section.
+    """Write ceilings of genes over all sections, and what they were made of.
 
     Parameters
     ----------
@@ -362,23 +362,19 @@ def write_noise_ceiling(
         Receives ``var[key]``, ``var[f"{key}_error"]`` and ``uns[key]``.
     key
         Checked with :func:`check_noise_ceiling_key`.
-    genes, sections
-        ``G`` and ``S`` names.
-    mean
+    genes
+        ``G`` names.
+    ceiling, error
         ``(G,)`` each.
     made_of
-        Goes into ``uns[key]``: ``(S, G)`` ``ceiling`` and ``error``, and settings.
+        Goes into ``uns[key]`` beside ``genes``: ``sections`` (S names), ``halves_pcc`` and ``halves_error`` (S x G), and more.
     """
     columns = table.var_names.get_indexer(list(genes))
-    for name, values in ((key, mean.value), (f"{key}_error", mean.error)):
+    for name, values in ((key, ceiling), (f"{key}_error", error)):
         column = np.full(table.n_vars, np.nan)
         column[columns] = values
         table.var[name] = column
-    table.uns[key] = {
-        "genes": np.array(genes, dtype=object),
-        "sections": np.array(sections, dtype=object),
-        **made_of,
-    }
+    table.uns[key] = {"genes": np.array(genes, dtype=object), **made_of}
 
 
 def check_noise_ceiling_key(table: AnnData, key: str) -> None:
@@ -387,7 +383,7 @@ def check_noise_ceiling_key(table: AnnData, key: str) -> None:
         raise TypeError(f"`key_added` is {key!r}; expected a string.")
     if not _storable(key):
         raise ValueError(f"`key_added` is {key!r}, which cannot be stored on disk: {_STORABLE}")
-    ours = isinstance(table.uns.get(key), Mapping) and "ceiling" in table.uns[key]
+    ours = isinstance(table.uns.get(key), Mapping) and "halves_pcc" in table.uns[key]
     for slot, content, name in (
         ("uns", table.uns, key),
         ("var", table.var, key),
@@ -399,18 +395,21 @@ def check_noise_ceiling_key(table: AnnData, key: str) -> None:
             )
 
 
-def read_noise_ceiling(table: AnnData, genes: Sequence[str], sections: Sequence[str]) -> Ceiling | None:
-    """Stored ceilings of genes in sections, if there are any."""
+def read_noise_ceiling(table: AnnData, genes: Sequence[str], sections: Sequence[str]) -> Halves | None:
+    """What is stored of genes in sections, if there is anything; :func:`stpredict.tl._noise_ceiling.ceiling` makes ceilings of it."""
     stored = table.uns.get(_CEILING)
-    if not isinstance(stored, Mapping) or "ceiling" not in stored:
+    if not isinstance(stored, Mapping) or "halves_pcc" not in stored:
         return None
     rows = pd.Index(stored["sections"]).get_indexer(pd.Index(sections))
     columns = pd.Index(stored["genes"]).get_indexer(pd.Index(genes))
     known = (rows[:, None] >= 0) & (columns >= 0)
-    value, error = (
-        np.where(known, np.asarray(stored[name])[np.ix_(rows, columns)], np.nan) for name in ("ceiling", "error")
+    if not known.any():
+        return None
+    pcc, error = (
+        np.where(known, np.asarray(stored[name])[np.ix_(rows, columns)], np.nan)
+        for name in ("halves_pcc", "halves_error")
     )
-    return Ceiling(value, error) if known.any() else None
+    return Halves(pcc, error)
 
 
 def write_folds(table: AnnData, key: str, folds: Mapping[str, np.ndarray]) -> None:

@@ -126,8 +126,8 @@ def test_noise_ceiling_beside_the_pcc(predicted_sdata: MakeSData) -> None:
     sdata["table"].uns["noise_ceiling"] = {
         "genes": np.array(["KRT19", GENE], dtype=object),
         "sections": np.array(["B", "A"], dtype=object),
-        "ceiling": np.array([[0.3, 0.814], [0.3, 0.624]]),
-        "error": np.array([[0.2, 0.02], [0.2, 0.02]]),
+        "halves_pcc": np.array([[0.05, 0.495], [0.05, 0.242]]),
+        "halves_error": np.array([[0.1, 0.02], [0.1, 0.02]]),
     }
     after = [ax.get_title() for ax in stp.pl.expression(sdata, GENE)[:, 1]]
     assert after == [f"{before[0]} of at most 0.62", f"{before[1]} of at most 0.81"]

@@ -35,10 +35,10 @@ def test_note_of_several_sections() -> None:
     table.uns["noise_ceiling"] = {
         "genes": np.array(["g"], dtype=object),
         "sections": np.array(["A", "B"], dtype=object),
-        "ceiling": np.array([[0.5], [0.7]]),
-        "error": np.array([[0.01], [0.01]]),
+        "halves_pcc": np.array([[0.143], [0.325]]),
+        "halves_error": np.array([[0.01], [0.01]]),
     }
-    assert pcc_note(table, "g", "nsl", rows, sections, x, y).endswith(" of at most 0.60")
+    assert pcc_note(table, "g", "nsl", rows, sections, x, y).endswith(" of at most 0.62")
     assert pcc_note(table, "g", "nsl", rows, ["B"] * 38, x, y).endswith(" of at most 0.70")
     # Constant in one of them.
     y[1:20] = 1

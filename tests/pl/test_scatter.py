@@ -147,11 +147,11 @@ def test_noise_ceiling_of_the_sections_drawn(predicted_sdata: MakeSData) -> None
     sdata["table"].uns["noise_ceiling"] = {
         "genes": np.array(["ERBB2"], dtype=object),
         "sections": np.array(["A", "B"], dtype=object),
-        "ceiling": np.array([[0.6], [0.8]]),
-        "error": np.array([[0.02], [0.02]]),
+        "halves_pcc": np.array([[0.22], [0.47]]),
+        "halves_error": np.array([[0.02], [0.02]]),
     }
     assert note(stp.pl.scatter(sdata, "ERBB2")[0]).endswith(" of at most 0.80")
-    assert note(stp.pl.scatter(sdata, "ERBB2", spots="all")[0]).endswith(" of at most 0.70")
+    assert note(stp.pl.scatter(sdata, "ERBB2", spots="all")[0]).endswith(" of at most 0.72")
     assert "at most" not in note(stp.pl.scatter(sdata, "ACTB")[0])
 
 

@@ -9,7 +9,7 @@ from anndata import AnnData
 
 from stpredict._results import measured_layer, model_params, read_noise_ceiling, training_rows
 from stpredict.pl._style import number
-from stpredict.tl._noise_ceiling import is_determined, mean_ceiling
+from stpredict.tl._noise_ceiling import ceiling, mean_halves
 
 
 def read_predicted(table: AnnData, gene: str, layer: str) -> np.ndarray:
@@ -88,8 +88,8 @@ def pcc_note(
     if not known:
         return "PCC undefined"
     text = ("mean " if len(each) > 1 else "") + f"PCC {number(float(np.mean(known)))}"
-    ceiling = _noise_ceiling(table, gene, list(dict.fromkeys(sections)))
-    return text + (f" of at most {number(ceiling)}" if np.isfinite(ceiling) else "")
+    highest = _noise_ceiling(table, gene, list(dict.fromkeys(sections)))
+    return text + (f" of at most {number(highest)}" if np.isfinite(highest) else "")
 
 
 def _folds(table: AnnData, layer: str) -> np.ndarray:
@@ -103,8 +103,8 @@ def _noise_ceiling(table: AnnData, gene: str, sections: Sequence[str]) -> float:
     stored = read_noise_ceiling(table, [gene], sections)
     if stored is None:
         return np.nan
-    mean = mean_ceiling(stored)
-    return float(mean.value[0]) if is_determined(mean)[0] else np.nan
+    mean = ceiling(mean_halves(stored))
+    return float(mean.value[0]) if mean.determined[0] else np.nan
 
 
 def pcc(measured: np.ndarray, predicted: np.ndarray) -> float:

@@ -236,7 +236,7 @@ def _score(
             columns=np.arange(len(columns)),
             spots=table.obs_names,
             parts=flat,
-            ceiling=_results.read_noise_ceiling(table, genes, [part.name for part in flat]),
+            halves=_results.read_noise_ceiling(table, genes, [part.name for part in flat]),
             **settings,
         )
         frames.append(scores.frame(name).assign(baseline=name in BASELINES))

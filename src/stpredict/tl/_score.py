@@ -157,7 +157,7 @@ def score(
         columns=columns,
         spots=table.obs_names,
         parts=parts,
-        ceiling=_results.read_noise_ceiling(table, table.var_names[columns], [part.name for part in parts]),
+        halves=_results.read_noise_ceiling(table, table.var_names[columns], [part.name for part in parts]),
         n_permutations=n_permutations,
         n_bootstrap=n_bootstrap,
         random_state=random_state,

@@ -12,10 +12,10 @@ import scipy.sparse as sp
 from numba import get_num_threads
 from tqdm.auto import tqdm
 
-from stpredict._results import Ceiling
+from stpredict._results import Halves
 from stpredict.tl._bootstrap import bootstrap_interval
 from stpredict.tl._metrics import gene_metrics, mean_of_known, neighbour_graph, spot_metrics
-from stpredict.tl._noise_ceiling import is_determined, mean_ceiling
+from stpredict.tl._noise_ceiling import ceiling, mean_halves
 from stpredict.tl._parts import MEAN, Matrix, Part, by_gene, by_spot, slices
 from stpredict.tl._permutation import permutation_p_values
 
@@ -99,7 +99,7 @@ def score_predictions(
     columns: np.ndarray,
     spots: Sequence[str],
     parts: Sequence[Part],
-    ceiling: Ceiling | None = None,
+    halves: Halves | None = None,
     n_permutations: int,
     n_bootstrap: int,
     random_state: int,
@@ -116,8 +116,8 @@ def score_predictions(
         ``n_obs`` names.
     parts
         Where to score.
-    ceiling
-        Highest PCC that can be reached, in each part. `None` if it is not known.
+    halves
+        Of the counts in each part, from which the highest PCC follows. `None` if they are not known.
     n_permutations, n_bootstrap
         0 leaves p-values or intervals out.
     random_state
@@ -134,10 +134,10 @@ def score_predictions(
     by_part = {name: np.stack([scores[name] for scores in each]) for name in METRICS}
     mean = {name: mean_of_known(values) for name, values in by_part.items()}
     mean["n"] = by_part["n"].sum(axis=0)
-    if ceiling is not None:
-        for scores, known in ((by_part, ceiling), (mean, mean_ceiling(ceiling))):
-            scores["ceiling"] = known.value
-            scores["pcc_of_ceiling"] = scores["pcc"] / np.where(is_determined(known), known.value, np.nan)
+    if halves is not None:
+        for scores, found in ((by_part, ceiling(halves)), (mean, ceiling(mean_halves(halves)))):
+            scores["ceiling"] = found.value
+            scores["pcc_of_ceiling"] = scores["pcc"] / np.where(found.determined, found.value, np.nan)
     mean["pcc_low"], mean["pcc_high"] = bootstrap_interval(
         by_part["pcc"], [part.group for part in parts], n_bootstrap=n_bootstrap, rng=rng
     )
