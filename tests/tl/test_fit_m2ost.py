@@ -1,14 +1,20 @@
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from scipy import sparse
 from spatialdata import SpatialData
+from spatialdata.transformations import Identity, Translation, set_transformation
 
 import stpredict as stp
+from stpredict.pp import _store
 from stpredict.tl import _training
 
 SMALL: dict[str, Any] = {
@@ -20,11 +26,17 @@ SMALL: dict[str, Any] = {
 }
 
 
+@pytest.fixture(scope="module")
+def sections() -> SpatialData:
+    sections = stp.datasets.synthetic(n_spots=30, n_genes=10)
+    sections["table"].obs["train"] = (sections["table"].obs["section"] == "S1").to_numpy()
+    return sections
+
+
 @pytest.fixture
-def sdata() -> SpatialData:
-    sdata = stp.datasets.synthetic(n_spots=30, n_genes=10)
-    sdata["table"].obs["train"] = (sdata["table"].obs["section"] == "S1").to_numpy()
-    return sdata
+def sdata(sections: SpatialData) -> SpatialData:
+    shapes = {name: spots.copy() for name, spots in sections.shapes.items()}
+    return SpatialData(images=dict(sections.images), shapes=shapes, tables={"table": sections["table"].copy()})
 
 
 def contents(sdata: SpatialData) -> dict[str, list[str]]:
@@ -129,6 +141,9 @@ def test_checkpoint_folder_of_other_settings(sdata: SpatialData, tmp_path: Path)
     assert (tmp_path / "run" / "last.ckpt").is_file()
     with pytest.raises(ValueError, match="other settings.*batch_size"):
         stp.tl.fit_m2ost(sdata, checkpoint_dir=tmp_path / "run", batch_size=4, **SMALL)
+    deeper = {**SMALL, "network_kwargs": {**SMALL["network_kwargs"], "depth": 2}}
+    with pytest.raises(ValueError, match=r"other settings \(network differ\).*another `checkpoint_dir`, or delete it"):
+        stp.tl.fit_m2ost(sdata, checkpoint_dir=tmp_path / "run", **deeper)
 
 
 def test_history_picture(sdata: SpatialData) -> None:
@@ -142,6 +157,62 @@ def test_history_picture(sdata: SpatialData) -> None:
         stp.pl.history(stp.tl.fit_nsl(sdata, field=1.0))  # type: ignore[arg-type]
 
 
+# Bad input: each is refused before anything is written
+
+
+def bad_values(value: float) -> Callable[[SpatialData], None]:
+    def damage(sdata: SpatialData) -> None:
+        values = sdata["table"].X.toarray()
+        values[3, 2] = value
+        sdata["table"].X = sparse.csr_matrix(values)
+
+    return damage
+
+
+def repeat_a_name(sdata: SpatialData) -> None:
+    sdata["table"].var_names = ["gene0", *sdata["table"].var_names[:-1]]
+
+
+def move_off(sdata: SpatialData) -> None:
+    set_transformation(sdata["A_spots"], Translation([0, 1e5], axes=("x", "y")), "A")
+
+
+def move_elsewhere(sdata: SpatialData) -> None:
+    set_transformation(sdata["A_spots"], {"elsewhere": Identity()}, set_all=True)
+
+
+def repeat_the_image(sdata: SpatialData) -> None:
+    sdata["again"] = sdata["A_image"].copy()
+
+
+@pytest.mark.parametrize(
+    ("damage", "error", "message"),
+    [
+        (bad_values(np.nan), ValueError, r"`X` has NaN or infinite values on training spots.*\['gene2'\]"),
+        (bad_values(np.inf), ValueError, r"`X` has NaN or infinite values on training spots.*\['gene2'\]"),
+        (repeat_a_name, ValueError, r"not unique \(\['gene0'\].*var_names_make_unique"),
+        (move_off, ValueError, "All spots of 'A_spots' lie off the image.*Check the transformations"),
+        (move_elsewhere, ValueError, "share no coordinate system with an image.*set_transformation"),
+        (repeat_the_image, ValueError, r"\['A_image', 'again'\] have the same resolution.*`image_key`"),
+        (lambda sdata: sdata.images.pop("A_image"), ValueError, "no image in `sdata.images`.*Image2DModel.parse"),
+        (lambda sdata: sdata.shapes.pop("A_spots"), ValueError, "no spots in `sdata.shapes`.*ShapesModel.parse"),
+        (lambda sdata: sdata.tables.pop("table"), ValueError, "no table in `sdata.tables`.*TableModel.parse"),
+    ],
+    ids=["NaN", "infinite", "names", "off", "elsewhere", "two images", "no image", "no spots", "no table"],
+)
+def test_bad_data(
+    make_sdata: Callable[..., SpatialData],
+    damage: Callable[[SpatialData], None],
+    error: type[Exception],
+    message: str,
+) -> None:
+    sdata = make_sdata()
+    damage(sdata)
+    with pytest.raises(error, match=message):
+        stp.tl.fit_m2ost(sdata, **SMALL)
+    assert "table" not in sdata.tables or "m2ost" not in sdata["table"].layers
+
+
 @pytest.mark.parametrize(
     ("kwargs", "error", "message"),
     [
@@ -149,10 +220,26 @@ def test_history_picture(sdata: SpatialData) -> None:
         ({"preset": "huge"}, ValueError, "no preset 'huge'"),
         ({"max_epochs": 0}, ValueError, "positive `max_epochs`"),
         ({"validation": 1.0}, ValueError, "`validation` is 1.0"),
-        ({"network_kwargs": {"image_size": 33}}, ValueError, "33"),
-        ({"device": "cuda"}, ValueError, "finds no GPU"),
+        ({"network_kwargs": {"image_size": 33}}, ValueError, "image_size=33.*such as 32 or 48"),
+        ({"network_kwargs": {"image_size": 32, "wide": 3}}, TypeError, "wide"),
+        ({"device": "cuda"}, ValueError, "`device` is 'cuda', but PyTorch finds no GPU here; use device='auto'"),
+        ({"device": "tpu"}, ValueError, "`device` is 'tpu'; expected 'auto', 'cpu', 'cuda'"),
+        ({"precision": "16"}, ValueError, "`precision` is '16'; expected 'auto', 'bf16' or '32'"),
         ({"train_key": "no"}, KeyError, "No column 'no'"),
+        (
+            {"train_key": "section"},
+            TypeError,
+            r"`obs\['section'\]` has dtype category; expected True for spots to fit on",
+        ),
+        ({"train_key": "none"}, ValueError, r"`obs\['none'\]` is False for all 60 spots"),
+        ({"train_key": "few"}, ValueError, "There are 10 training spots .*; the model needs 16"),
         ({"genes": ["nothing"]}, KeyError, "not in `var_names`"),
+        ({"genes": ["constant"]}, ValueError, r"same value on all training spots, such as \['constant'\]"),
+        ({"layer": "no"}, KeyError, "No layer 'no' in the table"),
+        ({"image_key": "no"}, KeyError, "No image 'no'"),
+        ({"shapes_key": "no"}, KeyError, "No spots 'no'"),
+        ({"table_key": "no"}, KeyError, "No table 'no'"),
+        ({"coordinate_system": "no"}, KeyError, "No coordinate system 'no'"),
         ({"key_added": "a/b"}, ValueError, "cannot be stored"),
         ({"key_added": "counts"}, ValueError, "holds no predictions"),
         ({"field": 0}, ValueError, "`field` is 0"),
@@ -161,14 +248,27 @@ def test_history_picture(sdata: SpatialData) -> None:
 def test_bad_arguments(sdata: SpatialData, kwargs: dict[str, Any], error: type[Exception], message: str) -> None:
     if kwargs.get("device") == "cuda" and torch.cuda.is_available():
         pytest.skip("there is a GPU here")
+    table = sdata["table"]
+    table.obs["none"], table.obs["few"] = False, np.arange(table.n_obs) < 10
+    table.X = sparse.csr_matrix(np.column_stack([table.X.toarray()[:, :-1], np.full(table.n_obs, 2.5)]))
+    table.var_names = [*table.var_names[:-1], "constant"]
     before = contents(sdata)
     with pytest.raises(error, match=message):
         stp.tl.fit_m2ost(sdata, **{**SMALL, **kwargs})
     assert contents(sdata) == before
 
 
-def test_too_few_spots(sdata: SpatialData) -> None:
-    table = sdata["table"]
-    table.obs["few"] = np.arange(table.n_obs) < 10
-    with pytest.raises(ValueError, match="10 training spots"):
-        stp.tl.fit_m2ost(sdata, train_key="few", **SMALL)
+def test_no_space_left_for_the_patches(sdata: SpatialData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_store.shutil, "disk_usage", lambda folder: SimpleNamespace(free=0))
+    before = contents(sdata)
+    with pytest.raises(OSError, match=r"60 patches need .* GB, but 0.00 GB are free in .*larger disk as `store`"):
+        stp.tl.fit_m2ost(sdata, store=tmp_path, **SMALL)
+    assert contents(sdata) == before
+
+
+def test_counts_are_warned_of(sdata: SpatialData) -> None:
+    with pytest.warns(UserWarning, match="looks like counts.*normalize_total.*log1p"):
+        stp.tl.fit_m2ost(sdata, layer="counts", inplace=False, **SMALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        stp.tl.fit_m2ost(sdata, inplace=False, **SMALL)
