@@ -95,10 +95,10 @@ def _choose(scores: pd.DataFrame, genes: str | Sequence[str] | None) -> pd.DataF
     wanted = [genes] if isinstance(genes, str) else list(genes)
     if not wanted:
         raise ValueError("`genes` is empty; expected names, or a boolean column of `scores`.")
-    known = set(scores["name"])
-    if unknown := [gene for gene in wanted if gene not in known]:
+    known = list(scores["name"].unique())
+    if unknown := sorted(set(wanted).difference(known)):
         raise KeyError(
-            f"{len(unknown)} of `genes` have no scores, such as {unknown[:5]}; `scores` has genes such as {list(known)[:5]}."
+            f"{len(unknown)} of `genes` have no scores, such as {unknown[:5]}; `scores` has genes such as {known[:5]}."
         )
     return scores[scores["name"].isin(wanted)]
 
