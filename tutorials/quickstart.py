@@ -13,33 +13,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from sklearn.linear_model import RidgeCV
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 import stpredict as stp
-
-
-def correlate(a: np.ndarray, b: np.ndarray, axis: int) -> np.ndarray:
-    """Pearson correlation along an axis; NaN where one side is constant."""
-    varies = (np.ptp(a, axis=axis) > 0) & (np.ptp(b, axis=axis) > 0)
-    a, b = a - a.mean(axis=axis, keepdims=True), b - b.mean(axis=axis, keepdims=True)
-    norm = np.sqrt((a**2).sum(axis=axis) * (b**2).sum(axis=axis))
-    return np.divide((a * b).sum(axis=axis), norm, out=np.full(norm.shape, np.nan), where=varies)
-
-
-def score(measured: np.ndarray, predictions: dict[str, np.ndarray]) -> pd.DataFrame:
-    """Median per-gene and per-spot PCC of each prediction."""
-    rows = {}
-    for name, predicted in predictions.items():
-        per_gene, per_spot = correlate(predicted, measured, axis=0), correlate(predicted, measured, axis=1)
-        rows[name] = {
-            # A prediction without variance has no correlation across spots, only across genes.
-            "per-gene PCC": np.nan if np.isnan(per_gene).all() else np.nanmedian(per_gene),
-            "genes above 0.3": f"{(per_gene > 0.3).sum()}",
-            "per-spot PCC": np.nanmedian(per_spot),
-        }
-    return pd.DataFrame.from_dict(rows, orient="index")
 
 
 def main() -> None:
@@ -60,31 +35,30 @@ def main() -> None:
     table.obs["train"] = (table.obs["section"] != held_out).to_numpy()
     train = table.obs["train"].to_numpy()
 
-    mean_expression = np.asarray(table.X[train].mean(axis=0)).ravel()
-    genes = table.var_names[np.argsort(-mean_expression)[: args.n_genes]]
-
     start = time.perf_counter()
-    model = stp.tl.fit_nsl(sdata, genes=genes, train_key="train")
+    model = stp.tl.fit_nsl(sdata, genes=args.n_genes, train_key="train")
     print(f"{model}\n  histograms, fit and predictions took {time.perf_counter() - start:.1f} s\n")
 
-    # Two yardsticks: a linear model of the mean colour, and one that never looks at the image.
-    expression, mean_od = table[:, genes].X.toarray(), table.obsm["mean_od"]
-    ridge = make_pipeline(StandardScaler(), RidgeCV(np.logspace(-2, 4, 13))).fit(mean_od[train], expression[train])
-    predictions = {
-        "NSL": table[~train, genes].layers["nsl"],
-        "ridge on mean OD": ridge.predict(mean_od[~train]),
-        "mean of training spots": np.broadcast_to(expression[train].mean(axis=0), expression[~train].shape),
-    }
-    measured = expression[~train]
-    print(f"Held-out section {held_out}: medians over {len(genes)} genes and {len(measured)} spots")
-    print(score(measured, predictions).to_string(float_format="{:.3f}".format, na_rep="-"), "\n")
+    # What NSL has to be compared with: linear models of colours, and one that never looks at the image.
+    fit_to = {"genes": model.genes, "train_key": "train"}
+    stp.tl.fit_ridge(sdata, features="mean_od", key_added="ridge_mean_od", **fit_to)
+    stp.tl.fit_ridge(sdata, features="color_statistics", key_added="ridge_color_statistics", **fit_to)
+    mean = np.where(table.var["nsl_fitted"], np.asarray(table.X[train].mean(axis=0)).ravel(), np.nan)
+    table.layers["training_mean"] = np.tile(mean.astype(np.float32), (table.n_obs, 1))
+    table.obs["held_out"] = ~train
+    stp.tl.noise_ceiling(sdata, genes=model.genes)
+    layers = ["training_mean", "ridge_mean_od", "ridge_color_statistics", "nsl"]
+    scores = pd.concat([stp.tl.score(sdata, layer=layer, spots="held_out") for layer in layers])
+    print(f"Held-out section {held_out}: {len(model.genes)} genes, {(~train).sum()} spots")
+    columns = ["pcc", "above_0.3", "predictable", "pcc_of_ceiling", "spot_pcc"]
+    print(stp.tl.summarize(scores)[columns].to_string(float_format="{:.3f}".format, na_rep="-"), "\n")
 
     if args.genes:
         shown = args.genes
     elif args.data == "her2st":
         shown = ["ERBB2"]
     else:
-        kinds = table.var.loc[genes, "kind"]
+        kinds = table.var.loc[model.genes, "kind"]
         shown = [kinds.index[kinds == kind][0] for kind in ("stain", "mix", "context", "noise")]
     args.out.mkdir(parents=True, exist_ok=True)
     pictures = [args.out / f"expression_{gene}.png" for gene in shown[:2]]
@@ -93,6 +67,9 @@ def main() -> None:
         save(picture)
     stp.pl.stains(sdata, shown)
     pictures.append(args.out / "stains.png")
+    save(pictures[-1])
+    stp.pl.scores(scores, genes=shown)
+    pictures.append(args.out / "scores.png")
     save(pictures[-1])
     model.save(args.out / "model", overwrite=True)
     print("Pictures:", *pictures, sep="\n  ")
