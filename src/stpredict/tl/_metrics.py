@@ -38,16 +38,16 @@ def gene_metrics(measured: np.ndarray, predicted: np.ndarray, graph: sp.csr_matr
     """
     pairs = Pairs(measured, predicted)
     error = pairs.y - pairs.x
-    squares = np.vecdot(pairs.xc, pairs.xc)
+    squares = _dot(pairs.xc, pairs.xc)
     with np.errstate(divide="ignore", invalid="ignore"):
         return {
             "n": pairs.n,
             "pcc": pairs.correlation(),
             "spearman": Pairs(ranks(pairs.x, pairs.both), ranks(pairs.y, pairs.both), pairs.both).correlation(),
-            "rmse": np.sqrt(np.vecdot(error, error) / pairs.n),
+            "rmse": np.sqrt(_dot(error, error) / pairs.n),
             "mae": np.abs(error).sum(axis=-1) / pairs.n,
-            "r2": np.where(pairs.x_varies, 1 - np.vecdot(error, error) / squares, np.nan),
-            "variance_ratio": np.where(pairs.x_varies, np.vecdot(pairs.yc, pairs.yc) / squares, np.nan),
+            "r2": np.where(pairs.x_varies, 1 - _dot(error, error) / squares, np.nan),
+            "variance_ratio": np.where(pairs.x_varies, _dot(pairs.yc, pairs.yc) / squares, np.nan),
             "moran_measured": np.where(pairs.x_varies, _morans_i(pairs.xc, pairs.both, graph), np.nan),
             "moran_predicted": np.where(pairs.y_varies, _morans_i(pairs.yc, pairs.both, graph), np.nan),
         }
@@ -58,7 +58,7 @@ def spot_metrics(measured: np.ndarray, predicted: np.ndarray) -> dict[str, np.nd
     pairs = Pairs(measured, predicted)
     error = pairs.y - pairs.x
     with np.errstate(divide="ignore", invalid="ignore"):
-        return {"n": pairs.n, "pcc": pairs.correlation(), "rmse": np.sqrt(np.vecdot(error, error) / pairs.n)}
+        return {"n": pairs.n, "pcc": pairs.correlation(), "rmse": np.sqrt(_dot(error, error) / pairs.n)}
 
 
 def ranks(values: np.ndarray, valid: np.ndarray | None = None) -> np.ndarray:
@@ -112,12 +112,17 @@ class Pairs:
 
     def scale(self) -> np.ndarray:
         """Product of the sides' norms; NaN where a side is constant."""
-        norms = np.sqrt(np.vecdot(self.xc, self.xc)) * np.sqrt(np.vecdot(self.yc, self.yc))
+        norms = np.sqrt(_dot(self.xc, self.xc)) * np.sqrt(_dot(self.yc, self.yc))
         return np.where(self.x_varies & self.y_varies & (norms > 0), norms, np.nan)
 
     def correlation(self) -> np.ndarray:
         """Pearson's; NaN where a side is constant."""
-        return np.clip(np.vecdot(self.xc, self.yc) / self.scale(), -1, 1)
+        return np.clip(_dot(self.xc, self.yc) / self.scale(), -1, 1)
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Scalar products along the last axis; by einsum, because threads of BLAS and ours would be in each other's way."""
+    return np.einsum("...n,...n->...", a, b)
 
 
 def _morans_i(centred: np.ndarray, both: np.ndarray | None, graph: sp.csr_matrix) -> np.ndarray:
@@ -132,7 +137,7 @@ def _morans_i(centred: np.ndarray, both: np.ndarray | None, graph: sp.csr_matrix
         lag = graph @ columns / np.maximum(n_neighbours, 1)
         n = both.sum(axis=-1)
     weight = (n_neighbours > 0).sum(axis=0)
-    return n / weight * np.einsum("ng,ng->g", columns, lag) / np.vecdot(centred, centred)
+    return n / weight * np.einsum("ng,ng->g", columns, lag) / _dot(centred, centred)
 
 
 @numba.njit(nogil=True, cache=True)
