@@ -88,7 +88,7 @@ def test_blocks_keep_their_distance() -> None:
         assert not (fold.train & fold.test).any()
         for section in sections:
             test, train = fold.test[section.rows], fold.train[section.rows]
-            distance = cdist(section.xy, section.xy[test]).min(axis=1)
+            distance = cdist(section.xy, section.xy[test], "chebyshev").min(axis=1)
             np.testing.assert_array_equal(train, ~test & (distance >= margin * 2 * RADIUS))
             # A strip across the longer side, with nothing of other folds in between.
             x = section.xy[:, 0]

@@ -85,9 +85,9 @@ def cross_validate(
     n_folds
         Number of folds. `None` leaves one group out at a time, and makes 5 blocks.
     margin
-        Distance that training spots keep from the spots of a held-out block, in spot diameters, centre to centre. It should
-        be no less than the models' field of view, so that no pixel is on both sides; the default is the widest of this
-        package's models.
+        Distance along x or y that training spots keep from the spots of a held-out block, in spot diameters, centre to
+        centre. It should be no less than the models' field of view, so that no pixel is on both sides; the default is the
+        widest of this package's models.
     genes
         What to model: names; one name; a boolean column of ``var``; ``"highly_variable"``; a number, of the genes of highest
         mean; `None` for all genes detected in at least 10 % of the spots. All but names and columns are found anew in each

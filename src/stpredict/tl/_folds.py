@@ -146,7 +146,8 @@ def _block_folds(sections: Sequence[Spots], n_obs: int, n_folds: int, margin: fl
             away = np.ones(len(section.rows), dtype=bool)
             away[strip] = False
             if reach > 0 and len(strip):
-                away &= cKDTree(section.xy[strip]).query(section.xy)[0] >= reach
+                # Along x or y, whichever is more: the squares that M2OST sees have corners.
+                away &= cKDTree(section.xy[strip]).query(section.xy, p=np.inf)[0] >= reach
             fold.train[section.rows[away]] = True
     return folds
 
