@@ -369,8 +369,11 @@ def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="'cuda:1', but PyTorch finds no GPU here; use device='auto' or 'cpu'"):
         resolve_device("cuda:1")
     monkeypatch.setattr(_device.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(_device.torch.cuda, "device_count", lambda: 2)
     assert resolve_device("auto") == "cuda"
-    assert resolve_device("cuda:0") == "cuda:0"
+    assert resolve_device("cuda:1") == "cuda:1"
+    with pytest.raises(ValueError, match="'cuda:2', but there are 2 GPUs, numbered from 0"):
+        resolve_device("cuda:2")
 
 
 @pytest.mark.parametrize("device", ["gpu", "meta", "", "cuda:x"])

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import tempfile
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
 from safetensors import SafetensorError
@@ -19,19 +20,40 @@ _FORMAT = "stpredict"
 _FORMAT_VERSION = 1
 
 
-class Saveable(Protocol):
-    """What a model needs to be saved and loaded."""
+class Saveable(ABC):
+    """A fitted model that can be saved and loaded."""
 
     kind: ClassVar[str]
 
+    @abstractmethod
     def to_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """JSON-able header and tensors."""
-        ...
 
     @classmethod
+    @abstractmethod
     def from_state(cls, header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Self:
         """Rebuild the model; raises KeyError or ValueError when header and tensors do not fit."""
-        ...
+
+    def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> Path:
+        """Write the model into a folder of JSON and safetensors.
+
+        Parameters
+        ----------
+        path
+            Folder to make.
+        overwrite
+            Replace a model that is there already.
+
+        Returns
+        -------
+        The folder; :func:`stpredict.models.load` reads it.
+
+        Raises
+        ------
+        FileExistsError
+            Something else is at ``path``, or a model and ``overwrite`` is `False`.
+        """
+        return save(self, path, overwrite=overwrite)
 
 
 def save(model: Saveable, path: str | PathLike[str], *, overwrite: bool = False) -> Path:

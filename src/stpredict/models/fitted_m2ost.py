@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self
 
 import numpy as np
 import torch
@@ -14,10 +14,6 @@ from tqdm.auto import tqdm
 from stpredict.models import _io
 from stpredict.models._device import resolve_device, resolve_precision
 from stpredict.models.m2ost import M2OST
-
-if TYPE_CHECKING:
-    from os import PathLike
-    from pathlib import Path
 
 
 class PatchSource(Protocol):
@@ -29,7 +25,7 @@ class PatchSource(Protocol):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class FittedM2OST:
+class FittedM2OST(_io.Saveable):
     """A fitted M2OST model (Wang et al., AAAI 2025, arXiv 2409.15092).
 
     Attributes
@@ -91,27 +87,6 @@ class FittedM2OST:
         finally:
             self.network.to("cpu")
         return predicted * self.scale.astype(np.float32) + self.mean.astype(np.float32)
-
-    def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write the model into a folder of JSON and safetensors.
-
-        Parameters
-        ----------
-        path
-            Folder to make.
-        overwrite
-            Replace a model that is there already.
-
-        Returns
-        -------
-        The folder; :func:`stpredict.models.load` reads it.
-
-        Raises
-        ------
-        FileExistsError
-            Something else is there.
-        """
-        return _io.save(self, path, overwrite=overwrite)
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Header and tensors for :meth:`save`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import scipy.sparse as sp
@@ -15,16 +15,12 @@ from stpredict.models._device import resolve_device
 from stpredict.models._nsl_solver import ColorFractions, merge_rare_colours, solve
 from stpredict.models._stains import unmixing
 
-if TYPE_CHECKING:
-    from os import PathLike
-    from pathlib import Path
-
 # Numbers in the largest temporary of a prediction: 256 MB.
 _MAX_ELEMENTS = 2**25
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class NSL:
+class NSL(_io.Saveable):
     r"""A fitted Neural Stain Learning model (Dawood et al. 2021, arXiv 2108.10446).
 
     For gene :math:`g` with stain matrix :math:`S_g` (rows hematoxylin, eosin, residual; unit vectors in the space of
@@ -193,27 +189,6 @@ class NSL:
             for rows, block in spots:
                 predicted[rows, genes] = (block @ contributions + intercept[genes]).cpu().numpy()
         return predicted
-
-    def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write the model into a folder of JSON and safetensors.
-
-        Parameters
-        ----------
-        path
-            Folder to make.
-        overwrite
-            Replace a model that is there already.
-
-        Returns
-        -------
-        The folder; :func:`stpredict.models.load` reads it.
-
-        Raises
-        ------
-        FileExistsError
-            Something else is there.
-        """
-        return _io.save(self, path, overwrite=overwrite)
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Header and tensors for :meth:`save`."""

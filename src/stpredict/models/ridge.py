@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import Any, ClassVar, Literal, NamedTuple, Self
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
 from stpredict.models import _io
-
-if TYPE_CHECKING:
-    from os import PathLike
-    from pathlib import Path
 
 # Penalties to choose from, as multiples of the largest eigenvalue: from next to none to all but a constant.
 _PENALTIES = np.geomspace(1e-8, 1e2, 41)
@@ -23,7 +19,7 @@ _GENES, _SPOTS = 1024, 1024
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class Ridge:
+class Ridge(_io.Saveable):
     r"""A fitted ridge regression: standardise, optionally reduce to principal components, regress.
 
     For gene :math:`g` and features :math:`x` with the mean :math:`\mu` and scale :math:`\sigma` of the training spots,
@@ -162,27 +158,6 @@ class Ridge:
                 standardised = standardised @ self.components.T
             predicted[rows] = standardised @ self.coef.T + self.intercept
         return predicted
-
-    def save(self, path: str | PathLike[str], *, overwrite: bool = False) -> Path:
-        """Write the model into a folder of JSON and safetensors.
-
-        Parameters
-        ----------
-        path
-            Folder to make.
-        overwrite
-            Replace a model that is there already.
-
-        Returns
-        -------
-        The folder; :func:`stpredict.models.load` reads it.
-
-        Raises
-        ------
-        FileExistsError
-            Something else is there.
-        """
-        return _io.save(self, path, overwrite=overwrite)
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Header and tensors for :meth:`save`."""
