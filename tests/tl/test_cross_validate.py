@@ -205,6 +205,17 @@ def test_highly_variable_genes_are_found_anew(make_sdata: Callable[..., SpatialD
     assert seen[0] != seen[1]
 
 
+@pytest.mark.parametrize("split", ["groups", "blocks"])
+def test_the_layer_scores_as_the_frame_does(sdata: SpatialData, split: str) -> None:
+    cv = cross_validate(sdata, split=split, n_folds=2, margin=0, baselines=False)
+    scores = stp.tl.score(sdata, layer="nsl_cv", **QUICK)
+    keys = ["of", "name", "section"]
+    both = scores.merge(cv, on=keys, suffixes=("", "_cv"))
+    assert len(both) == len(scores) == len(cv)
+    np.testing.assert_allclose(both["pcc"], both["pcc_cv"], rtol=1e-6)
+    assert ("A · block 1" in set(scores["section"])) == (split == "blocks")
+
+
 # Protocols
 
 
