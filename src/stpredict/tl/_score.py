@@ -57,8 +57,8 @@ def score(
         Boolean column of ``obs`` that chooses spots, or ``"all"``. `None` takes those that the model was not fitted to, as
         ``uns[layer]["params"]`` tells; all of a cross-validated layer; and all of a model that was fitted to other data.
     n_permutations
-        Random maps of the same smoothness that a gene's PCC is compared with, see :doc:`/explanation/scores`; 0 leaves
-        p-values out.
+        Random maps of the same smoothness that a gene's PCC is compared with, on at most 3,000 spots of each section, see
+        :doc:`/explanation/scores`; 0 leaves p-values out.
     n_bootstrap
         Draws of patients (or of sections, where the scored spots are of one patient) for the intervals; 0 leaves them out.
     random_state
