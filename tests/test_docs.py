@@ -85,6 +85,23 @@ def test_field_page_has_the_measured_numbers() -> None:
         assert f"| {pull:g} | {folds} | {of_pull['pcc'].mean():.3f} |" in page
 
 
+def test_cross_validation_page_has_the_measured_numbers() -> None:
+    page = (ROOT / "docs" / "explanation" / "cross_validation.md").read_text()
+    leakage = json.loads((ROOT / "benchmarks" / "leakage.json").read_text())["median_pcc"]
+    evaluation = json.loads((ROOT / "benchmarks" / "evaluation.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+
+    for of_split in leakage.values():
+        assert "| " + " | ".join(f"{pcc:.3f}" for pcc in of_split.values()) + " |" in page
+    for model, scores in evaluation["summary"].items():
+        if scores["pcc"] is not None:
+            row = f"| {scores['pcc']:.3f} [{scores['pcc_low']:.2f}, {scores['pcc_high']:.2f}] |"
+            assert row in page and row in readme, model
+            by_section = evaluation["median_pcc_by_section"][model]
+            assert "| " + " | ".join(f"{pcc:.3f}" for pcc in by_section.values()) + " |" in page, model
+        assert f"| {scores['spot_pcc']:.3f} |" in page and f"| {scores['spot_pcc']:.3f} |" in readme
+
+
 class ShownOutput(doctest.OutputChecker):
     """Compares what an example shows; what it does not show, such as a progress bar, may be anything."""
 
