@@ -28,15 +28,29 @@ def spots(n: int = 7, levels: int = 2) -> np.ndarray:
 
 def test_predictions_are_in_units_of_the_expression() -> None:
     model = fitted()
-    predicted = model.predict(spots(), batch_size=3, device="cpu", precision="32")
+    predicted = model.predict(spots(), symmetries=False, batch_size=3, device="cpu", precision="32")
     with torch.inference_mode():
         standardised = model.network(torch.from_numpy(spots())).numpy()
     np.testing.assert_allclose(predicted, standardised * model.scale + model.mean, rtol=1e-4, atol=1e-5)
     assert predicted.dtype == np.float32
     assert not model.network.training
-    bf16 = model.predict(spots(), device="cpu", precision="bf16")
+    bf16 = model.predict(spots(), symmetries=False, device="cpu", precision="bf16")
     np.testing.assert_allclose(bf16, predicted, atol=0.1)
     assert not np.array_equal(bf16, predicted)
+
+
+def test_predictions_do_not_depend_on_how_the_slide_lay() -> None:
+    model = fitted()
+    lying = {
+        (k, mirrored): np.ascontiguousarray(np.rot90(spots()[..., ::-1] if mirrored else spots(), k, (-2, -1)))
+        for k in range(4)
+        for mirrored in (False, True)
+    }
+    single = [model.predict(turned, symmetries=False, device="cpu", precision="32") for turned in lying.values()]
+    assert np.std(single, axis=0).min() > 1e-4
+    for turned in lying.values():
+        predicted = model.predict(turned, device="cpu", precision="32")
+        np.testing.assert_allclose(predicted, np.mean(single, axis=0), rtol=1e-4, atol=1e-5)
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -83,7 +97,8 @@ def test_checkpoint_of_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
     model = FittedM2OST.from_authors({}, GENES)
     with torch.inference_mode():
         expected = network(torch.from_numpy(spots())).numpy()
-    np.testing.assert_allclose(model.predict(spots(), device="cpu", precision="32"), expected, rtol=1e-4, atol=1e-5)
+    predicted = model.predict(spots(), symmetries=False, device="cpu", precision="32")
+    np.testing.assert_allclose(predicted, expected, rtol=1e-4, atol=1e-5)
     assert model.params == {"field": 1.54}
     with pytest.raises(ValueError, match="predicts 3 genes, but `genes` has 2 names"):
         FittedM2OST.from_authors({}, GENES[:2])
