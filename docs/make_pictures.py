@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from matplotlib.patches import Circle
+from matplotlib.patches import Circle, Rectangle
 
 import stpredict as stp
+from stpredict._sdata import read_spots
+from stpredict.tl._permutation import spatial_modes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +33,7 @@ HELD_OUT, N_GENES = "C5", 250
 GENE = "BGN"  # biglycan, of the collagen-rich stroma: a gene that colour predicts well
 SPOT = "C5_10x13"
 FIELDS = (1.0, 2.0, 4.0)
+LEVEL_COLOURS = ("#f2f2f2", "#f5c518", "#00b8d4")  # tokens of 16, 8 and 4 pixels
 
 
 def main() -> None:
@@ -47,8 +50,12 @@ def main() -> None:
     save("expression", dpi=110)
     draw_model(sdata, model, "EPCAM")
     save("nsl", dpi=110)
+    draw_random_maps(sdata)
+    save("random_maps", dpi=100)
     draw_field(sdata)
     save("field", dpi=120)
+    draw_levels(sdata)
+    save("m2ost", dpi=90)
 
 
 def save(name: str, *, dpi: int) -> None:
@@ -103,6 +110,29 @@ def show(ax: Axes, pixels: np.ndarray, title: str) -> None:
     ax.axis("off")
 
 
+def draw_random_maps(sdata: SpatialData) -> None:
+    """A predicted map, shuffled, and as spectral randomisation rearranges it."""
+    table = sdata["table"]
+    (section,) = read_spots(sdata, table, shapes_key=f"{HELD_OUT}_spots")
+    predicted = table[section.rows, GENE].layers["nsl"].ravel()
+    modes = spatial_modes(section.xy)
+    rng = np.random.default_rng(1)
+    signs = rng.choice([-1, 1], size=(2, len(predicted)))
+    signs[:, 0] = 1  # the mean
+    random = [modes @ (of_modes * (modes.T @ predicted)) for of_modes in signs]
+    maps = {f"{GENE}, predicted": predicted, "its spots shuffled": rng.permutation(predicted)} | {
+        f"{which} random map, as smooth": values for which, values in zip(("one", "another"), random, strict=True)
+    }
+    _, axes = plt.subplots(1, 4, figsize=(10.5, 2.9), layout="constrained")
+    low, high = np.percentile(predicted, [2, 98])
+    for (title, values), ax in zip(maps.items(), axes, strict=True):
+        ax.scatter(*section.xy.T, c=values, s=44, vmin=low, vmax=high, linewidths=0)
+        ax.set_title(title, fontsize=10)
+        ax.set_aspect("equal")
+        ax.invert_yaxis()
+        ax.axis("off")
+
+
 def draw_palette(ax: Axes, colours: np.ndarray, share: np.ndarray) -> None:
     """Colours as a square of cells, each as frequent as the colour, from bright to dark."""
     side = 48
@@ -137,6 +167,26 @@ def draw_field(sdata: SpatialData) -> None:
     curve.set_xticks(list(mean.index), [f"{field:g}" for field in mean.index])
     curve.set(xlabel="field (spot diameters)", ylabel="median per-gene PCC\n(held-out section, mean of 3)")
     curve.legend(frameon=False)
+
+
+def draw_levels(sdata: SpatialData) -> None:
+    """What M2OST sees of a spot: its three levels, each cut into tokens that are finer towards the centre."""
+    row = sdata["table"].obs_names.get_loc(SPOT)
+    with stp.pp.patches(sdata) as patches:
+        levels = np.moveaxis(patches[int(np.searchsorted(patches.rows, row))], 1, -1)
+        size, field = patches.shape[-1], patches.made_of["field"]
+    figure, axes = plt.subplots(1, len(levels), figsize=(10.5, 3.9), layout="constrained")
+    for level, (pixels, ax) in enumerate(zip(levels, axes, strict=True)):
+        width = field * 2**level
+        show(ax, pixels, f"level {level}: {width:.2g} spot diameters, {(level + 1) * (size // 16) ** 2} tokens")
+        ax.add_patch(Circle(2 * [size / 2], size / width / 2, fill=False, color="black", linewidth=1.5))
+        for k in range(level + 1):
+            side, token = size >> k, 16 >> k
+            lines = (size - side) / 2 + np.arange(0, side + 1, token)
+            style = {"color": LEVEL_COLOURS[k], "linewidth": 0.6, "alpha": 0.8}
+            ax.vlines(lines, lines[0], lines[-1], **style)
+            ax.hlines(lines, lines[0], lines[-1], **style)
+            ax.add_patch(Rectangle(2 * [lines[0]], side, side, fill=False, color=LEVEL_COLOURS[k], linewidth=2))
 
 
 if __name__ == "__main__":
