@@ -102,6 +102,30 @@ def test_cross_validation_page_has_the_measured_numbers() -> None:
         assert f"| {scores['spot_pcc']:.3f} |" in page and f"| {scores['spot_pcc']:.3f} |" in readme
 
 
+def test_scores_page_has_the_measured_numbers() -> None:
+    page = (ROOT / "docs" / "explanation" / "scores.md").read_text()
+    null, ceilings, speed = (
+        json.loads((ROOT / "benchmarks" / f"{name}.json").read_text())
+        for name in ("score_null", "noise_ceiling", "score_speed")
+    )
+
+    for row in null["results"]:
+        if row["spots of"] in ("C2", "C2 to C5"):
+            chance, power = row["unrelated"], row["power"]
+            shares = [chance["shuffled"], chance["moved"], chance["modes"], power["moved"], power["modes"]]
+            shown = " | ".join(f"{share:.2f}" for share in shares)
+            assert f"| {row['spots of']} | {row['length']} | {shown} |" in page
+    for row in ceilings["simulated"]:
+        shown = " | ".join(f"{row[name]:.3f}" for name in ("reached", "estimated", "error"))
+        assert f"| {row['spread']:g} | {row['counts']:g} | {shown} |" in page
+    (real,) = (row for row in ceilings["real"] if row["min_count"] == 100)
+    value, error = (real[name]["mean of sections"] for name in ("ceiling", "error"))
+    assert f"is {value:.2f}, with a standard error of\n{error:.2f}" in page
+    for case in ("genes", "genes_4_sections", "permutations", "noise_ceiling"):
+        beyond = speed[case]["peak_gb"] - speed[case]["before_gb"]
+        assert f"| {speed[case]['cpu_seconds']:.0f} | {beyond:.1f} |" in page
+
+
 class ShownOutput(doctest.OutputChecker):
     """Compares what an example shows; what it does not show, such as a progress bar, may be anything."""
 

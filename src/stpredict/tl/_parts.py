@@ -130,7 +130,7 @@ def by_gene(matrix: Matrix, rows: np.ndarray, columns: np.ndarray) -> Callable[[
     """What gives some of the columns, ``(genes, len(rows))`` float64."""
     if not sp.issparse(matrix):
         return lambda genes: np.asarray(matrix)[np.ix_(rows, columns[genes])].T.astype(np.float64, order="C")
-    chosen = sp.csc_matrix(sp.csr_matrix(matrix)[rows][:, columns])
+    chosen = sp.csc_matrix(_select(matrix, rows, columns))
     return lambda genes: chosen[:, genes].T.toarray().astype(np.float64)
 
 
@@ -138,8 +138,14 @@ def by_spot(matrix: Matrix, rows: np.ndarray, columns: np.ndarray) -> Callable[[
     """What gives some of the rows, ``(spots, len(columns))`` float64."""
     if not sp.issparse(matrix):
         return lambda spots: np.asarray(matrix)[np.ix_(rows[spots], columns)].astype(np.float64)
-    chosen = sp.csr_matrix(matrix)[rows][:, columns]
+    chosen = _select(matrix, rows, columns)
     return lambda spots: chosen[spots].toarray().astype(np.float64)
+
+
+def _select(matrix: Matrix, rows: np.ndarray, columns: np.ndarray) -> sp.csr_matrix:
+    """Rows and columns of a sparse matrix; all columns, the common case, are taken without looking for them."""
+    chosen = sp.csr_matrix(matrix)[rows]
+    return chosen if np.array_equal(columns, np.arange(matrix.shape[1])) else chosen[:, columns]
 
 
 def slices(n: int, length: int) -> list[slice]:
