@@ -6,7 +6,7 @@ Leave one section out, train the tiny network on the others, score on it: median
 expression on the training spots) of the per-gene PCC and over spots of the per-spot PCC. The choice is made on C2, C3
 and C4 of the HER2+ set alone; C5 is what tutorials and quickstart hold out. One thing at a time is changed from the
 default, whose second seed tells how much chance there is in one number. Runs that the JSON file has are not run again,
-so the script can be stopped and started; it takes about 40 minutes in all on two cores.
+so the script can be stopped and started; it takes about half an hour in all on two cores.
 """
 
 from __future__ import annotations
@@ -24,21 +24,19 @@ import stpredict as stp
 
 SECTIONS = ("C2", "C3", "C4")
 N_GENES = 250
-# What is changed from the default recipe.
+# What is changed from the default recipe. Only the default is tried on all three sections: one run takes minutes, and C4 alone
+# tells what matters from what does not as long as differences are larger than that between two seeds.
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "another seed": {"random_state": 1},
-    "learning rate 2.5e-4": {"learning_rate": 2.5e-4},
-    "learning rate 1e-3": {"learning_rate": 1e-3},
     "batches of 32, learning rate 1e-3": {"batch_size": 32, "learning_rate": 1e-3},
-    "15 epochs": {"max_epochs": 15},
-    "60 epochs": {"max_epochs": 60},
-    "no stain jitter": {"stain_jitter": 0.0},
-    "stain jitter 0.1": {"stain_jitter": 0.1},
-    "dropout 0.1": {"network_kwargs": {"dropout": 0.1}},
-    "30 % of tokens masked": {"network_kwargs": {"mask_ratio": 0.3}},
     "a section set aside, early stopping": {"validation": 0.15},
+    "no stain jitter": {"stain_jitter": 0.0},
+    "learning rate 1e-3": {"learning_rate": 1e-3},
+    "15 epochs": {"max_epochs": 15},
+    "stain jitter 0.1": {"stain_jitter": 0.1},
 }
+EVERYWHERE, OTHERS_ON = ("default",), "C4"
 
 
 def median_pcc(predicted: np.ndarray, measured: np.ndarray) -> float:
@@ -48,7 +46,7 @@ def median_pcc(predicted: np.ndarray, measured: np.ndarray) -> float:
     return float(np.median((a * b).sum(axis=0)[norm > 0] / norm[norm > 0]))
 
 
-def run(held_out: str, options: dict[str, Any]) -> dict[str, Any]:
+def train_and_score(held_out: str, options: dict[str, Any]) -> dict[str, Any]:
     """Train on two sections, score on the third."""
     sdata = stp.datasets.her2st(SECTIONS)
     table = sdata["table"]
@@ -75,9 +73,10 @@ def main() -> None:
 
     runs: list[dict[str, Any]] = json.loads(args.json.read_text())["runs"] if args.json.exists() else []
     done = {(found["variant"], found["held_out"]) for found in runs}
-    missing = [(name, held_out) for name in VARIANTS for held_out in SECTIONS if (name, held_out) not in done]
+    wanted = [(name, held_out) for name in VARIANTS for held_out in (SECTIONS if name in EVERYWHERE else (OTHERS_ON,))]
+    missing = [run for run in wanted if run not in done]
     for name, held_out in tqdm(missing):
-        runs.append({"variant": name, **run(held_out, VARIANTS[name])})
+        runs.append({"variant": name, **train_and_score(held_out, VARIANTS[name])})
         args.json.write_text(json.dumps({"n_genes": N_GENES, "runs": runs}, indent=1) + "\n")
 
     found = pd.DataFrame(runs).set_index("variant")

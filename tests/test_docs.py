@@ -126,6 +126,17 @@ def test_scores_page_has_the_measured_numbers() -> None:
         assert f"| {speed[case]['cpu_seconds']:.0f} | {beyond:.1f} |" in page
 
 
+def test_m2ost_page_has_the_measured_numbers() -> None:
+    page = (ROOT / "docs" / "explanation" / "m2ost.md").read_text()
+    runs = json.loads((ROOT / "benchmarks" / "m2ost_recipe.json").read_text())["runs"]
+
+    found = pd.DataFrame(runs).set_index("variant")
+    for variant, of_variant in found.groupby("variant"):
+        row = next(line for line in page.splitlines() if line.startswith(f"| {variant} |"))
+        for pcc in of_variant["pcc"]:
+            assert f" {pcc:.3f} |" in row, variant
+
+
 class ShownOutput(doctest.OutputChecker):
     """Compares what an example shows; what it does not show, such as a progress bar, may be anything."""
 
