@@ -35,13 +35,13 @@ def bootstrap_interval(
     kinds, of_section = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
     if len(kinds) < 2 or n_bootstrap < 1:
         return np.full(values.shape[1], np.nan), np.full(values.shape[1], np.nan)
-    weights = rng.multinomial(len(kinds), np.full(len(kinds), 1 / len(kinds)), size=n_bootstrap)[:, of_section]
+    weights = rng.multinomial(len(kinds), np.full(len(kinds), 1 / len(kinds)), size=n_bootstrap)[:, of_section].T
     there = np.isfinite(values)
-    n = weights @ there.astype(np.float64)
-    means = np.divide(weights @ np.where(there, values, 0.0), n, out=np.full(n.shape, np.nan), where=n > 0)
+    n = there.T.astype(np.float64) @ weights
+    means = np.divide(np.where(there, values, 0.0).T @ weights, n, out=np.full(n.shape, np.nan), where=n > 0)
     n_groups = sum(there[of_section == kind].any(axis=0).astype(int) for kind in range(len(kinds)))
     several = n_groups >= 2
     low, high = np.full((2, values.shape[1]), np.nan)
     if several.any():  # constants have no correlation in any section
-        low[several], high[several] = np.nanquantile(means[:, several], _LEVELS, axis=0)
+        low[several], high[several] = np.nanquantile(means[several], _LEVELS, axis=1)
     return low, high
