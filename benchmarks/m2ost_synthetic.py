@@ -57,7 +57,7 @@ def main() -> None:
     """Print the table, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--sections", type=int, default=4)
+    parser.add_argument("--sections", type=int, default=2)
     parser.add_argument("--spots", type=int, default=500)
     parser.add_argument("--json", type=Path, default=Path(__file__).with_suffix(".json"))
     args = parser.parse_args()
@@ -66,7 +66,7 @@ def main() -> None:
     by_kind = genes.groupby("kind", sort=False)
     summary = by_kind[MODELS].median()
     summary.insert(0, "genes", by_kind.size())
-    print(summary.to_string(float_format="{:.3f}".format))
+    print(summary.to_string(float_format="{:.3f}".format, na_rep="-"))
     result = {
         "sections": args.sections,
         "spots": args.spots,

@@ -135,6 +135,10 @@ def test_m2ost_page_has_the_measured_numbers() -> None:
         row = next(line for line in page.splitlines() if line.startswith(f"| {variant} |"))
         for pcc in of_variant["pcc"]:
             assert f" {pcc:.3f} |" in row, variant
+    synthetic = json.loads((ROOT / "benchmarks" / "m2ost_synthetic.json").read_text())["medians"]
+    for kind in ("stain", "mix", "context", "noise"):
+        scores = [value for name, value in synthetic[kind].items() if name != "genes"]
+        assert "| " + " | ".join(f"{pcc:z.2f}" for pcc in scores) + " |" in page, kind
 
 
 class ShownOutput(doctest.OutputChecker):
