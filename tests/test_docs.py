@@ -140,6 +140,11 @@ def test_m2ost_page_has_the_measured_numbers() -> None:
         scores = [value for name, value in synthetic[kind].items() if name != "genes"]
         assert "| " + " | ".join(f"{pcc:z.2f}" for pcc in scores) + " |" in page, kind
 
+    slide = json.loads((ROOT / "benchmarks" / "m2ost_training.json").read_text())["cases"]["slide"]
+    assert f"Patches of {slide['spots']:,} spots" in page
+    assert f"peaks at {slide['RssAnon_peak_gb']:.1f} GB of anonymous and {slide['RssFile_peak_gb']:.1f} GB" in page
+    assert f"waits for data {slide['waiting']:.2%}".replace("%", " %") in page
+
 
 class ShownOutput(doctest.OutputChecker):
     """Compares what an example shows; what it does not show, such as a progress bar, may be anything."""
