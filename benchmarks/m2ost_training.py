@@ -109,7 +109,7 @@ def main() -> None:
     found = {}
     for case in SPOTS:
         child = subprocess.run(
-            [sys.executable, "-W", "ignore", __file__, f"--case={case}", *options], check=True, capture_output=True
+            [sys.executable, "-W", "ignore", __file__, f"--case={case}", *options], check=True, stdout=subprocess.PIPE
         )
         found[case] = json.loads(child.stdout.splitlines()[-1])
     print(f"{'spots':>6}{'anonymous GB':>22}{'file-backed GB':>22}{'waiting for data':>20}")
