@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from anndata import AnnData
 
-from stpredict._results import measured_layer, model_params, read_noise_ceiling, training_rows
+from stpredict._provenance import measured_layer, model_params, training_rows
+from stpredict._results import read_noise_ceiling
 from stpredict.pl._style import number
 from stpredict.tl._noise_ceiling import ceiling, mean_halves
 

@@ -19,7 +19,7 @@ from pandas.api.types import is_bool_dtype, is_numeric_dtype
 from spatialdata import SpatialData
 
 from stpredict._images import listed
-from stpredict._results import training_rows
+from stpredict._provenance import training_rows
 from stpredict._sdata import read_spots, read_table
 from stpredict.pl._axes import take_axes
 from stpredict.pl._gene import pcc_note, read_measured, read_predicted, seen_in_training

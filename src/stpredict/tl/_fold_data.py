@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +11,7 @@ from anndata import AnnData
 from scanpy import logging as logg
 from spatialdata import SpatialData
 
+from stpredict._provenance import model_params
 from stpredict.tl._folds import Fold
 from stpredict.tl._protocols import Protocol
 from stpredict.tl._targets import select_genes
@@ -100,9 +101,7 @@ def fold_data(
 def bare_copy(sdata: SpatialData, table_key: str) -> SpatialData:
     """The same elements beside a table without expression, predictions, or a choice of genes made on all spots."""
     table = sdata[table_key]
-    models = [
-        key for key, entry in table.uns.items() if isinstance(entry, Mapping) and "model" in entry.get("params", {})
-    ]
+    models = [key for key in table.uns if "model" in model_params(table, key)]
     bare = AnnData(
         obs=table.obs.copy(),
         var=table.var.drop(columns=["highly_variable", *(f"{key}_fitted" for key in models)], errors="ignore"),

@@ -13,7 +13,7 @@ from anndata import AnnData
 from scanpy import logging as logg
 from spatialdata import SpatialData
 
-from stpredict import _results
+from stpredict import _provenance, _results
 from stpredict._sdata import read_spots, read_table
 from stpredict.tl._parts import make_parts
 from stpredict.tl._scoring import Scores, score_predictions
@@ -139,7 +139,7 @@ def score(
             f"No predictions {layer!r} in `layers`; it has {list(table.layers)}. Predict first, with "
             "`stp.tl.fit_nsl(sdata)` or `stp.tl.predict(sdata, model)`."
         )
-    source = _results.measured_layer(table, layer, measured_layer)
+    source = _provenance.measured_layer(table, layer, measured_layer)
     if source is None:
         raise ValueError("The table has no `X` to hold predictions against. Name the measured layer: `measured_layer`.")
     measured = table.X if source == "X" else table.layers[source]
@@ -211,7 +211,7 @@ def _choose_spots(table: AnnData, layer: str, predicted: np.ndarray, spots: str 
         if not rows.any():
             raise ValueError(f"None of the spots that `obs[{spots!r}]` marks has a prediction in `layers[{layer!r}]`.")
         return rows, spots
-    training = _results.training_rows(table, layer, predicted)
+    training = _provenance.training_rows(table, layer, predicted)
     if training is None:
         logg.info(f"The table does not hold the spots that {layer!r} was fitted to, so all are scored.")
         return predicted, "all"
@@ -225,7 +225,7 @@ def _choose_spots(table: AnnData, layer: str, predicted: np.ndarray, spots: str 
         )
         return predicted, "training fit"
     if not training.as_fitted:
-        params = _results.model_params(table, layer)
+        params = _provenance.model_params(table, layer)
         warnings.warn(
             f"`obs[{params['train_key']!r}]` marks {training.rows.sum()} spots, but the model {layer!r} was fitted to "
             f"{params['n_train']}: it has changed since, or the model is of other data. The spots that it does not mark are "
@@ -239,7 +239,7 @@ def _choose_spots(table: AnnData, layer: str, predicted: np.ndarray, spots: str 
 
 def _folds(table: AnnData, layer: str, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Rows to score, by the fold that held them out where the layer was cross-validated."""
-    key = _results.model_params(table, layer).get("cv")
+    key = _provenance.model_params(table, layer).get("cv")
     if key is None or key not in table.obs:
         return {"": rows}
     fold_of = table.obs[key].astype(str).to_numpy()
