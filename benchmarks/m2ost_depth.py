@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import stpredict as stp
-from stpredict.models.m2ost import PRESETS
+from stpredict.models.m2ost._module import PRESETS
 
 SPOTS = [20, 90]
 

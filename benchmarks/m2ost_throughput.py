@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from stpredict.models.m2ost import M2OST, PRESETS
+from stpredict.models.m2ost._module import M2OST, PRESETS
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -19,7 +19,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 import stpredict as stp
-from stpredict.tl._noise_ceiling import _correlate_halves, ceiling
+from stpredict.tl.evaluation.runs._noise_ceiling import _correlate_halves, ceiling
 
 SECTIONS, N_GENES, MIN_COUNTS, SPREADS, N_DRAWS, N_REPEATS = (
     ["C2", "C3", "C4", "C5"],

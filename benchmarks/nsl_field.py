@@ -24,8 +24,8 @@ from tqdm.auto import tqdm
 
 import stpredict as stp
 from stpredict.models import NSL
-from stpredict.models._stains import RUIFROK_JOHNSTON, stain_matrix
-from stpredict.tl._fit_nsl import color_fractions
+from stpredict.models.nsl._stains import RUIFROK_JOHNSTON, stain_matrix
+from stpredict.tl.fitting._fit_nsl import color_fractions
 
 SECTIONS = ("C2", "C3", "C4", "C5")
 CHOICE = SECTIONS[:3]

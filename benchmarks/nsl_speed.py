@@ -32,7 +32,7 @@ PIXELS_PER_SPOT = 16_000  # a 100 um spot at 0.7 um per pixel
 def her2st_arrays() -> tuple[Any, np.ndarray, np.ndarray]:
     """Colour fractions, optical densities and expression of the four sections."""
     import stpredict as stp
-    from stpredict.tl._fit_nsl import color_fractions
+    from stpredict.tl.fitting._fit_nsl import color_fractions
 
     sdata = stp.datasets.her2st(["C2", "C3", "C4", "C5"])
     histogram = stp.pp.color_histogram(sdata, inplace=False)
@@ -44,8 +44,8 @@ def her2st_arrays() -> tuple[Any, np.ndarray, np.ndarray]:
 def fit(n_genes: int | None, device: str) -> Iterator[Callable[[], dict[str, Any]]]:
     """Fit the genes of highest mean expression, or all that are detected in any spot."""
     from stpredict.models import NSL
-    from stpredict.models._nsl_solver import MAX_COLOURS
-    from stpredict.models._stains import RUIFROK_JOHNSTON, stain_matrix
+    from stpredict.models.nsl._solver import MAX_COLOURS
+    from stpredict.models.nsl._stains import RUIFROK_JOHNSTON, stain_matrix
 
     fractions, od, expression = her2st_arrays()
     expression = expression[:, (expression > 0).any(axis=0)]
@@ -119,7 +119,7 @@ def adam_steps(n_genes: int, device: str) -> Iterator[Callable[[], dict[str, Any
     import torch
 
     from stpredict.models import NSL
-    from stpredict.models._stains import RUIFROK_JOHNSTON, stain_matrix
+    from stpredict.models.nsl._stains import RUIFROK_JOHNSTON, stain_matrix
 
     fractions, od, expression = her2st_arrays()
     expression = expression[:, :n_genes]
@@ -165,7 +165,7 @@ def adam_steps(n_genes: int, device: str) -> Iterator[Callable[[], dict[str, Any
 def _nsl_parameters(n_genes: int, device: str) -> list[Any]:
     import torch
 
-    from stpredict.models._stains import RUIFROK_JOHNSTON, stain_matrix
+    from stpredict.models.nsl._stains import RUIFROK_JOHNSTON, stain_matrix
 
     start = torch.tensor(stain_matrix(RUIFROK_JOHNSTON), dtype=torch.float32, device=device)
     values = [start.expand(n_genes, 3, 3).clone(), torch.zeros(n_genes, 2), torch.zeros(n_genes)]

@@ -25,9 +25,9 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 import stpredict as stp
-from stpredict._sdata import read_spots
-from stpredict.tl._parts import Part
-from stpredict.tl._permutation import permutation_p_values
+from stpredict._data.slide import read_spots
+from stpredict.tl.evaluation.numbers._null import permutation_p_values
+from stpredict.tl.evaluation.runs._parts import Part
 
 N_GENES, N_DRAWS, LEVEL = 1000, 199, 0.05
 LENGTHS = (0, 1, 2, 4, 8)  # of correlation, in spots

@@ -98,8 +98,8 @@ def ceiling() -> Callable[[], dict[str, Any]]:
 
 def bounds() -> Callable[[], dict[str, Any]]:
     """Seconds for parts of the work on all genes, from a few of them."""
-    from stpredict.tl._metrics import Pairs, gene_metrics, neighbour_graph, ranks
-    from stpredict.tl._parts import by_gene, by_spot, slices
+    from stpredict.tl.evaluation.numbers._metrics import Pairs, gene_metrics, neighbour_graph, ranks
+    from stpredict.tl.evaluation.runs._parts import by_gene, by_spot, slices
 
     sdata = slide(1)
     table, rows, columns = sdata["table"], np.arange(N_SPOTS), np.arange(N_GENES)

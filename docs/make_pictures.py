@@ -18,8 +18,8 @@ import pandas as pd
 from matplotlib.patches import Circle, Rectangle
 
 import stpredict as stp
-from stpredict._sdata import read_spots
-from stpredict.tl._permutation import spatial_modes
+from stpredict._data.slide import read_spots
+from stpredict.tl.evaluation.numbers._null import spatial_modes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import stpredict as stp
 from stpredict.models import NSL
-from stpredict.models._stains import RUIFROK_JOHNSTON, stain_matrix
+from stpredict.models.nsl._stains import RUIFROK_JOHNSTON, stain_matrix
 
 ARRAYS = ["stain_matrix", "weights", "intercept", "loss", "n_iter", "converged", "reference"]
 

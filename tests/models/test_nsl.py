@@ -11,8 +11,8 @@ from scipy.optimize import minimize
 
 from stpredict.models import NSL, _device, _nsl_solver, nsl
 from stpredict.models._device import resolve_device
-from stpredict.models._nsl_solver import ColorFractions, merge_rare_colours
-from stpredict.models._stains import RUIFROK_JOHNSTON, stain_matrix
+from stpredict.models.nsl._solver import ColorFractions, merge_rare_colours
+from stpredict.models.nsl._stains import RUIFROK_JOHNSTON, stain_matrix
 
 REFERENCE = stain_matrix(RUIFROK_JOHNSTON)
 

@@ -14,7 +14,7 @@ from sklearn.preprocessing import StandardScaler
 
 import stpredict as stp
 from stpredict.models import Ridge
-from stpredict.models.ridge import _PENALTIES
+from stpredict.models._ridge import _PENALTIES
 
 GENES = [f"g{j}" for j in range(8)]
 
@@ -111,8 +111,8 @@ def test_hest_penalty() -> None:
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     features, expression = data()
     expected = fit(features, expression)
-    monkeypatch.setattr("stpredict.models.ridge._GENES", 3)
-    monkeypatch.setattr("stpredict.models.ridge._SPOTS", 7)
+    monkeypatch.setattr("stpredict.models._ridge._GENES", 3)
+    monkeypatch.setattr("stpredict.models._ridge._SPOTS", 7)
     model = fit(features, expression)
     np.testing.assert_allclose(model.coef, expected.coef, atol=1e-12)
     np.testing.assert_allclose(model.predict(features), expected.predict(features), rtol=1e-6)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from stpredict.models._stains import RUIFROK_JOHNSTON, inverse, stain_matrix, unmixing
+from stpredict.models.nsl._stains import RUIFROK_JOHNSTON, inverse, stain_matrix, unmixing
 
 
 def test_two_vectors_get_a_residual_at_right_angles() -> None:

@@ -8,7 +8,7 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import Affine, get_transformation
 
-from stpredict._sdata import read_sections
+from stpredict._data.slide import read_sections
 from stpredict.pl._tissue import tissue_in_view, view_of_spots
 
 # A quarter of a turn and a bit, half the size, moved.

@@ -11,7 +11,7 @@ import pytest
 import zarr
 from zarr.storage import MemoryStore, WrapperStore
 
-from stpredict._sdata import Section
+from stpredict._data.slide import Section
 from stpredict.pp._bands import Band, Boxes, bands
 
 PADDING = 150

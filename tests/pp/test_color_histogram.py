@@ -17,9 +17,9 @@ from spatialdata.models import Image2DModel
 from spatialdata.transformations import BaseTransformation, Identity, Translation, set_transformation
 
 import stpredict as stp
-from stpredict.pp import ColorHistogram, _color_histogram, _tiles
-from stpredict.pp._color_histogram import codebook_od, optical_density
+from stpredict.pp import ColorHistogram, _histogram, _tiles
 from stpredict.pp._footprints import whole_pixels
+from stpredict.pp._histogram import codebook_od, optical_density
 
 Placements = dict[str, tuple[BaseTransformation, np.ndarray]]
 MakeSData = Callable[..., SpatialData]
@@ -117,13 +117,13 @@ def test_polygons_count_as_circles_of_their_area(make_sdata: MakeSData) -> None:
 @pytest.mark.parametrize("radius", [1, 2, 5, 13, 25, 29, 65])
 def test_pixels_at_exactly_the_radius_belong_to_the_spot(new_image: Callable[..., Any], radius: int) -> None:
     # 5² = 3² + 4²: many pixels of a circle around a pixel's centre lie exactly on its border, on all sides of it.
-    from stpredict._sdata import Section
+    from stpredict._data.slide import Section
 
     pixels = da.zeros((3, 150, 150), dtype=np.uint8)
     center = np.array([[75.5, 74.5]])
     one = np.array([1.0])
     section = Section("s", "i", "c", pixels, (0, 1, 2), np.eye(3), center, radius * one, np.array([0]), np.array([0]))
-    histogram = _color_histogram.histogram_of_rows([section], n_obs=1, bits=1, field=1.0)
+    histogram = _histogram.histogram_of_rows([section], n_obs=1, bits=1, field=1.0)
     dy, dx = np.mgrid[-80:81, -80:81]
     assert histogram.n_pixels[0] == (dx**2 + dy**2 <= radius**2).sum()
 
@@ -400,9 +400,7 @@ def test_compiled_and_plain_counting_agree() -> None:
     half_height = np.sqrt(conic[:, 0] / (conic[:, 0] * conic[:, 2] - conic[:, 1] ** 2))
     units = np.arange(256, dtype=np.int64)
     arguments = (rgb, 0, 0, centers, conic, half_height, 8, units)
-    for compiled, plain in zip(
-        _color_histogram._count(*arguments), _color_histogram._count.py_func(*arguments), strict=True
-    ):
+    for compiled, plain in zip(_histogram._count(*arguments), _histogram._count.py_func(*arguments), strict=True):
         np.testing.assert_array_equal(compiled, plain)
 
 
@@ -411,7 +409,7 @@ def test_room_for_colours_grows(new_image: Callable[..., Any]) -> None:
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 256, (3, 80, 80), dtype=np.uint8)
     center, conic = np.array([[40.0, 40.0]]), np.array([[1 / 900, 0, 1 / 900]])
-    indptr, bins, counts, _ = _color_histogram._count(
+    indptr, bins, counts, _ = _histogram._count(
         rgb, 0, 0, center, conic, np.array([30.0]), 8, np.zeros(256, dtype=np.int64)
     )
     assert indptr[-1] == len(bins) > 1024

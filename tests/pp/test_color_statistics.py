@@ -15,9 +15,9 @@ from spatialdata.models import Image2DModel
 from spatialdata.transformations import BaseTransformation, Identity, Translation, set_transformation
 
 import stpredict as stp
-from stpredict._sdata import read_sections
-from stpredict.pp import _color_statistics, _tiles
-from stpredict.pp._color_statistics import cached_color_statistics
+from stpredict._data.slide import read_sections
+from stpredict.pp import _statistics, _tiles
+from stpredict.pp._statistics import cached_color_statistics
 
 Placements = dict[str, tuple[BaseTransformation, np.ndarray]]
 MakeSData = Callable[..., SpatialData]
@@ -246,10 +246,10 @@ def test_compiled_and_plain_counting_agree() -> None:
     conics = np.tile(np.array([0.06, 0.01, 0.09]), (3, 1)) / np.array([0.3, 1, 2])[:, None, None] ** 2
     half_height = np.sqrt(conics[-1, :, 0] / (conics[-1, :, 0] * conics[-1, :, 2] - conics[-1, :, 1] ** 2))
     arguments = (rgb, 2, 1, centers, conics, half_height)
-    compiled = _color_statistics._count(*arguments)
-    np.testing.assert_array_equal(compiled, _color_statistics._count.py_func(*arguments))
+    compiled = _statistics._count(*arguments)
+    np.testing.assert_array_equal(compiled, _statistics._count.py_func(*arguments))
     assert compiled[0].sum(axis=(1, 2)).all()
     od = -np.log((np.arange(256) + 1) / 256)
     np.testing.assert_allclose(
-        _color_statistics._summarise(compiled, od), _color_statistics._summarise.py_func(compiled, od), atol=1e-12
+        _statistics._summarise(compiled, od), _statistics._summarise.py_func(compiled, od), atol=1e-12
     )

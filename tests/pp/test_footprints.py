@@ -4,7 +4,7 @@ import dask.array as da
 import numpy as np
 import pytest
 
-from stpredict._sdata import Section
+from stpredict._data.slide import Section
 from stpredict.pp._footprints import Footprints, chord, footprints, whole_pixels
 
 

@@ -18,7 +18,7 @@ from spatialdata.models import ShapesModel
 from spatialdata.transformations import BaseTransformation
 
 import stpredict as stp
-from stpredict._sdata import Section, read_sections
+from stpredict._data.slide import Section, read_sections
 from stpredict.pp import _patches, _store
 from stpredict.pp._bands import bands
 from stpredict.pp._patches import Patches, extract, patches

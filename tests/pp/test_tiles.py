@@ -4,7 +4,7 @@ import dask.array as da
 import numpy as np
 import pytest
 
-from stpredict._sdata import Section
+from stpredict._data.slide import Section
 from stpredict.pp import _tiles
 from stpredict.pp._tiles import check_dtype, check_range, tiles, to_uint8
 

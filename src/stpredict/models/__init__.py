@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from stpredict.models._io import load
-    from stpredict.models.fitted_m2ost import FittedM2OST
-    from stpredict.models.m2ost import M2OST
-    from stpredict.models.nsl import NSL
-    from stpredict.models.ridge import Ridge
+    from stpredict.models._ridge import Ridge
+    from stpredict.models.m2ost._model import FittedM2OST
+    from stpredict.models.m2ost._module import M2OST
+    from stpredict.models.nsl._model import NSL
 
 __all__ = ["M2OST", "NSL", "FittedM2OST", "Ridge", "load"]
 
 # torch is imported when a model is first asked for, not with the package.
 _HOMES = {
-    "FittedM2OST": "stpredict.models.fitted_m2ost",
-    "M2OST": "stpredict.models.m2ost",
-    "NSL": "stpredict.models.nsl",
-    "Ridge": "stpredict.models.ridge",
+    "FittedM2OST": "stpredict.models.m2ost._model",
+    "M2OST": "stpredict.models.m2ost._module",
+    "NSL": "stpredict.models.nsl._model",
+    "Ridge": "stpredict.models._ridge",
     "load": "stpredict.models._io",
 }
 

@@ -169,8 +169,8 @@ def load(path: str | PathLike[str]) -> Any:
 
 
 def _classes() -> dict[str, type[Saveable]]:
-    from stpredict.models.fitted_m2ost import FittedM2OST
-    from stpredict.models.nsl import NSL
-    from stpredict.models.ridge import Ridge
+    from stpredict.models._ridge import Ridge
+    from stpredict.models.m2ost._model import FittedM2OST
+    from stpredict.models.nsl._model import NSL
 
     return {NSL.kind: NSL, FittedM2OST.kind: FittedM2OST, Ridge.kind: Ridge}

@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from scipy.spatial import cKDTree
 from spatialdata import SpatialData
 
-from stpredict._sdata import Section, read_sections, read_table, section_name
+from stpredict._data.slide import Section, read_sections, read_table, section_name
 from stpredict.pl._axes import take_axes
 from stpredict.pl._gene import pcc_note, read_measured, read_predicted, seen_in_training
 from stpredict.pl._sections import draw_scale_bar, micrometres_per_pixel

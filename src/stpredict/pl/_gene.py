@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 from anndata import AnnData
 
-from stpredict._provenance import measured_layer, model_params, training_rows
-from stpredict._results import read_noise_ceiling
+from stpredict._data.provenance import measured_layer, model_params, training_rows
+from stpredict._data.slots import read_noise_ceiling
 from stpredict.pl._style import number
-from stpredict.tl._noise_ceiling import ceiling, mean_halves
+from stpredict.tl.evaluation.runs._noise_ceiling import ceiling, mean_halves
 
 
 def read_predicted(table: AnnData, gene: str, layer: str) -> np.ndarray:

@@ -18,14 +18,14 @@ from matplotlib.ticker import MaxNLocator
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 from spatialdata import SpatialData
 
-from stpredict._images import listed
-from stpredict._provenance import training_rows
-from stpredict._sdata import read_spots, read_table
+from stpredict._data.image import listed
+from stpredict._data.provenance import training_rows
+from stpredict._data.slide import read_spots, read_table
 from stpredict.pl._axes import take_axes
 from stpredict.pl._gene import pcc_note, read_measured, read_predicted, seen_in_training
 from stpredict.pl._style import DENSITY, HALO, PALETTE
-from stpredict.tl._parts import section_names
-from stpredict.tl._targets import row_mask
+from stpredict.tl.evaluation.runs._parts import section_names
+from stpredict.tl.fitting._targets import row_mask
 
 # More points than that cover each other.
 _MAX_POINTS = 5000

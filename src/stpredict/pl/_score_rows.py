@@ -18,7 +18,7 @@ from scipy.stats import gaussian_kde
 
 from stpredict.pl._score_values import ModelScores, sections_of
 from stpredict.pl._style import BASELINE, CEILING, CEILING_MEDIAN, HALO, MARKERS, PALETTE, number
-from stpredict.tl._baselines import TRAINING_MEAN
+from stpredict.tl.evaluation.runs._baselines import TRAINING_MEAN
 
 # Fewer values make no density.
 _DENSITY = 20

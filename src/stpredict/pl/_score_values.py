@@ -8,11 +8,11 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from stpredict._images import listed
-from stpredict.tl._baselines import SECTION_MEAN, TRAINING_MEAN
-from stpredict.tl._bootstrap import bootstrap_interval
-from stpredict.tl._parts import MEAN
-from stpredict.tl._scoring import POOLED
+from stpredict._data.image import listed
+from stpredict.tl.evaluation.numbers._bootstrap import bootstrap_interval
+from stpredict.tl.evaluation.numbers._scores import POOLED
+from stpredict.tl.evaluation.runs._baselines import SECTION_MEAN, TRAINING_MEAN
+from stpredict.tl.evaluation.runs._parts import MEAN
 
 _POSITION = "position"
 _N_BOOTSTRAP = 1000

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.font_manager import FontProperties
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar  # type: ignore[import-untyped]
 
-from stpredict._sdata import Section, section_name
+from stpredict._data.slide import Section, section_name
 
 
 def micrometres_per_pixel(section: Section, table: AnnData) -> float | None:

@@ -11,10 +11,10 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Circle, Rectangle
 from spatialdata import SpatialData
 
-from stpredict._sdata import Section, read_sections, read_table, section_name
+from stpredict._data.slide import Section, read_sections, read_table, section_name
 from stpredict.pl._axes import take_axes
 from stpredict.pl._sections import draw_scale_bar, micrometres_per_pixel
-from stpredict.pp._color_histogram import optical_density
+from stpredict.pp._histogram import optical_density
 from stpredict.pp._tiles import to_uint8
 
 _STAINS = ("hematoxylin", "eosin", "residual")

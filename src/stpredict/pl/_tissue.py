@@ -10,7 +10,7 @@ import xarray as xr
 from spatialdata.models import Image2DModel
 from spatialdata.transformations import Affine, get_transformation
 
-from stpredict._sdata import Section
+from stpredict._data.slide import Section
 from stpredict.pp._tiles import to_uint8
 
 # Least number of pixels along the longer side: sharp at twice a notebook's resolution.

@@ -12,7 +12,7 @@ import dask.array as da
 import numba
 import numpy as np
 
-from stpredict._sdata import Section
+from stpredict._data.slide import Section
 from stpredict.pp._tiles import check_dtype, check_range, to_uint8
 
 # Rows at which neighbouring rows of chunks stop being joined. Fewer cost more calls and more copies of what two bands

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 from scanpy import logging as logg
 
-from stpredict._sdata import Section
+from stpredict._data.slide import Section
 
 # Pixels whose centre is on the edge of the field belong to it, whatever rounding says.
 _ON_THE_EDGE = 1e-9

@@ -14,9 +14,9 @@ from scanpy import logging as logg
 from spatialdata import SpatialData
 from tqdm.auto import tqdm
 
-from stpredict._sdata import Section, read_sections, read_table
+from stpredict._data.identity import fingerprints
+from stpredict._data.slide import Section, read_sections, read_table
 from stpredict.pp._bands import Band, bands
-from stpredict.pp._fingerprints import fingerprints
 from stpredict.pp._store import InMemory, Store, kept_store, new_store, turn_in
 from stpredict.pp._windows import Windows, box_pyramid, cut_patch, place_windows
 

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from stpredict._sdata import Section
+from stpredict._data.slide import Section
 
 # Pixels a side at which neighbouring chunks stop being joined: 12 MB of uint8 RGB a tile.
 _TILE_PX = 2048

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numba
 import numpy as np
 
-from stpredict._sdata import Section
+from stpredict._data.slide import Section
 from stpredict.pp._bands import Band, Boxes
 
 # A window whose scale is off by less is not resized: it is out of place by a tenth of a pixel at its edges.

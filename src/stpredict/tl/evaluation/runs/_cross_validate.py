@@ -1,0 +1,291 @@
+"""Cross-validation: every spot is predicted by models that have seen nothing of its group, and baselines beside them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+from anndata import AnnData
+from spatialdata import SpatialData
+
+from stpredict._data import slots
+from stpredict._data.slide import read_spots, read_table
+from stpredict.tl.evaluation.numbers._scores import MEAN, POOLED, score_predictions
+from stpredict.tl.evaluation.runs._baselines import (
+    BASELINES,
+    FITTED,
+    SECTION_MEAN,
+    TRAINING_MEAN,
+    choose_baselines,
+    section_mean,
+    training_mean,
+)
+from stpredict.tl.evaluation.runs._folds import Split, make_folds
+from stpredict.tl.evaluation.runs._hiding import FoldData, bare_copy, fold_data
+from stpredict.tl.evaluation.runs._jobs import predict_folds
+from stpredict.tl.evaluation.runs._parts import Part, make_parts
+from stpredict.tl.evaluation.runs._protocols import PROTOCOLS, read_counts
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+# Field of view of M2OST at three levels, the widest of this package's models, in spot diameters.
+DEFAULT_MARGIN = 6.2
+
+
+def cross_validate(
+    sdata: SpatialData,
+    models: Mapping[str, Callable[..., Any]],
+    *,
+    split: Split | None = None,
+    group_key: str | None = None,
+    n_folds: int | None = None,
+    margin: float = DEFAULT_MARGIN,
+    genes: int | str | Sequence[str] | None = None,
+    layer: str | None = None,
+    counts_layer: str = "counts",
+    protocol: str = "default",
+    baselines: bool | str | Sequence[str] = True,
+    n_permutations: int = 1000,
+    n_bootstrap: int = 1000,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    client: Client | None = None,
+    image_key: str | Mapping[str, str] | None = None,
+    shapes_key: str | Sequence[str] | None = None,
+    table_key: str | None = None,
+    coordinate_system: str | None = None,
+    random_state: int = 0,
+    inplace: bool = True,
+) -> pd.DataFrame:
+    """Hold out each group in turn, fit on the others, and score what was never seen, with baselines beside it.
+
+    A model gets a copy of the data in which the expression of all held-out spots is NaN, so that nothing can be learned
+    from it: not weights, not genes, not their mean and scale, not when to stop.
+
+    Parameters
+    ----------
+    sdata
+        Images, spots, and a table with log-normalised expression.
+    models
+        By name, what fits and predicts: ``fit_nsl``, ``fit_m2ost``, ``fit_ridge``, a :func:`functools.partial` of one, or any
+        function ``(sdata, *, train_key, key_added, genes, layer)`` that fits on the spots that ``obs[train_key]`` marks,
+        and writes predictions of all spots to ``layers[key_added]``. It is given those of ``genes`` (names), ``layer`` and
+        the keys of elements below that it takes.
+    split
+        ``"groups"`` holds out whole groups; ``"blocks"`` strips of tissue across each section, with a margin; ``"random"``
+        random spots, which leaks and is there to show by how much. `None` holds out groups where there are several,
+        else blocks.
+    group_key
+        Column of ``obs`` whose groups are held out. `None` means ``"patient"`` where there are several patients, else the
+        sections.
+    n_folds
+        Number of folds. `None` leaves one group out at a time, and makes 5 blocks.
+    margin
+        Distance along x or y that training spots keep from the spots of a held-out block, in spot diameters, centre to
+        centre. It should be no less than the models' field of view, so that no pixel is on both sides; the default is the
+        widest of this package's models.
+    genes
+        What to model: names; one name; a boolean column of ``var``; ``"highly_variable"``; a number, of the genes of highest
+        mean; `None` for all genes detected in at least 10 % of the spots. All but names and columns are found anew in each
+        fold, on its training spots.
+    layer
+        Expression, a key of ``layers``. `None` means ``X``.
+    counts_layer
+        Where counts are, for the protocols that start from them.
+    protocol
+        ``"default"``: expression as given, correlation over each section. ``"m2ost"`` (Wang et al. 2025): log1p of
+        counts per million of the modelled genes (by default 250 of highest mean), whose usual score is the per-spot PCC.
+        ``"hest"`` (HEST-bench): log1p of counts of 50 highly variable genes, correlation over all spots of a fold at once.
+    baselines
+        `True` for all, `False` for none, or names of them: ``"mean of training spots"``, ``"mean of held-out section
+        (oracle)"``, ``"position"``, ``"ridge on mean OD"``, ``"ridge on colour statistics"``.
+    n_permutations, n_bootstrap, random_state
+        As in :func:`stpredict.tl.score`; ``random_state`` also says which groups share a fold.
+    checkpoint_dir
+        Folder that keeps the predictions of every finished fold; a run with the same settings takes them from there.
+        `None` writes nothing.
+    client
+        A :class:`dask.distributed.Client` whose workers fit the folds. `None` fits one after another, here.
+    image_key, shapes_key, table_key, coordinate_system
+        Which elements to use, as in :func:`stpredict.pp.color_histogram`. `None` finds them.
+    inplace
+        Write the out-of-fold predictions into the table.
+
+    Returns
+    -------
+    One row for each model, gene or spot, and section, baselines first, as :func:`stpredict.tl.score` returns them, with two columns
+    more: ``baseline``, and ``highly_variable``, the 50 most variable genes of the fold's training spots. Where a fold holds
+    less than a section, each part is scored by itself (``section`` is then such as ``"C2 · block 1"``): predictions of
+    different folds have different offsets, and are not to be correlated together. :func:`stpredict.tl.summarize` makes a short
+    table of it, :func:`stpredict.pl.scores` a picture.
+
+    With ``inplace=True``, written to the table (after everything has succeeded), for a model named ``"nsl"``:
+
+    ``layers["nsl_cv"]``
+        ``(n_obs, n_vars)`` float32, each spot predicted by the model that has not seen its fold.
+    ``var["nsl_cv_fitted"]``
+        Genes that were modelled in any fold.
+    ``uns["nsl_cv"]``
+        ``genes`` and ``params``.
+    ``obs["cv_fold"]``
+        The fold in which a spot was held out.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        Arguments that do not fit; the table is then unchanged. What a model raises is passed on, with a note that says in
+        which fold.
+
+    Warns
+    -----
+    UserWarning
+        The same patient is on both sides of a split by groups.
+
+    Examples
+    --------
+    >>> import stpredict as stp
+    >>> sdata = stp.datasets.synthetic(n_spots=50)
+    >>> cv = stp.tl.cross_validate(sdata, {"nsl": stp.tl.fit_nsl}, baselines=["position", "ridge on mean OD"])
+    >>> list(stp.tl.summarize(cv).index)
+    ['position', 'ridge on mean OD', 'nsl']
+    """
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"`protocol` is {protocol!r}; expected one of {list(PROTOCOLS)}.")
+    table_key, table = read_table(sdata, table_key)
+    _check_models(table, models)
+    references = choose_baselines(baselines)
+    expression = _read_expression(table, layer)
+    counts = read_counts(table, counts_layer, protocol) if PROTOCOLS[protocol].needs_counts else None
+    spots = read_spots(sdata, table, shapes_key=shapes_key)
+    how, folds = make_folds(
+        table, spots, split=split, group_key=group_key, n_folds=n_folds, margin=margin, random_state=random_state
+    )
+    bare = bare_copy(sdata, table_key)
+    data = [fold_data(bare[table_key], expression, counts, fold, genes, PROTOCOLS[protocol]) for fold in folds]
+    elements = {
+        "image_key": image_key,
+        "shapes_key": shapes_key,
+        "table_key": table_key,
+        "coordinate_system": coordinate_system,
+    }
+    fitted = {name: FITTED[name] for name in references if name in FITTED} | dict(models)
+    predicted = predict_folds(
+        bare,
+        data,
+        fitted,
+        elements,
+        settings={"protocol": protocol, "split": how},
+        checkpoint_dir=checkpoint_dir,
+        client=client,
+    )
+    if TRAINING_MEAN in references:
+        predicted[TRAINING_MEAN] = [training_mean(part) for part in data]
+    if SECTION_MEAN in references:
+        predicted[SECTION_MEAN] = [section_mean(part, spots) for part in data]
+    frame = _score(
+        table,
+        data,
+        make_parts(table, spots, {fold.name: fold.test for fold in folds}, whole_folds=PROTOCOLS[protocol].pooled),
+        {name: predicted[name] for name in (*references, *models)},
+        n_permutations=n_permutations,
+        n_bootstrap=n_bootstrap,
+        random_state=random_state,
+    )
+    if inplace:
+        params = {"layer": layer or "X", "protocol": protocol, "split": how, "cv": "cv_fold"}
+        genes_of_any = np.unique(np.concatenate([part.columns for part in data]))
+        for name in models:
+            slots.write_predictions(
+                table,
+                f"{name}_cv",
+                list(table.var_names[genes_of_any]),
+                _assemble(predicted[name], data, genes_of_any, table.n_obs),
+                {"params": {"model": name, **params}},
+            )
+        slots.write_folds(table, "cv_fold", {fold.name: fold.test for fold in folds})
+    return frame
+
+
+def _score(
+    table: AnnData,
+    data: Sequence[FoldData],
+    parts: Mapping[str, Sequence[Part]],
+    predicted: Mapping[str, Sequence[np.ndarray]],
+    **settings: int,
+) -> pd.DataFrame:
+    """Scores of all models, one below the other."""
+    columns = np.unique(np.concatenate([part.columns for part in data]))
+    genes = table.var_names[columns]
+    measured = _assemble([part.measured for part in data], data, columns, table.n_obs)
+    flat = [part for of_fold in parts.values() for part in of_fold]
+    frames = []
+    for name, values in predicted.items():
+        if all(np.isnan(of_fold).all() for of_fold in values):
+            raise ValueError(
+                f"The model {name!r} made no predictions: all values of held-out spots are NaN. It may have looked at their "
+                "expression, which is NaN in the table that it gets."
+            )
+        scores = score_predictions(
+            measured,
+            _assemble(values, data, columns, table.n_obs),
+            genes=genes,
+            columns=np.arange(len(columns)),
+            spots=table.obs_names,
+            parts=flat,
+            halves=slots.read_noise_ceiling(table, genes, [part.name for part in flat]),
+            **settings,
+        )
+        frames.append(scores.frame(name).assign(baseline=name in BASELINES))
+    frame = pd.concat(frames, ignore_index=True)
+    for label in ("model", "section", "group", "of", "name"):
+        frame[label] = pd.Categorical(frame[label], categories=frame[label].unique())
+    return frame.assign(highly_variable=_is_variable(frame, table, data, parts))
+
+
+def _is_variable(
+    frame: pd.DataFrame, table: AnnData, data: Sequence[FoldData], parts: Mapping[str, Sequence[Part]]
+) -> pd.Series:
+    """Rows of genes that are highly variable in the fold of their section; of aggregates, in any fold."""
+    found = [
+        pd.DataFrame({"name": table.var_names[of_fold.columns[of_fold.variable]], "section": section})
+        for of_fold in data
+        for section in (*(part.name for part in parts[of_fold.fold.name]), MEAN, POOLED)
+    ]
+    variable = pd.MultiIndex.from_frame(pd.concat(found).drop_duplicates())
+    rows = pd.MultiIndex.from_arrays([frame["name"].astype(str), frame["section"].astype(str)])
+    return pd.Series(rows.isin(variable), index=frame.index) & (frame["of"] == "gene")
+
+
+def _assemble(values: Sequence[np.ndarray], data: Sequence[FoldData], columns: np.ndarray, n_obs: int) -> np.ndarray:
+    """``(n_obs, len(columns))`` from ``(n_test, G)`` of each fold; NaN where there is nothing."""
+    whole = np.full((n_obs, len(columns)), np.nan, dtype=np.float32)
+    for of_fold, part in zip(values, data, strict=True):
+        whole[np.ix_(part.fold.test, np.searchsorted(columns, part.columns))] = of_fold
+    return whole
+
+
+def _check_models(table: AnnData, models: Mapping[str, Callable[..., Any]]) -> None:
+    if not isinstance(models, Mapping) or not models:
+        raise TypeError(f"`models` is {models!r}; expected functions by name, such as {{'nsl': stp.tl.fit_nsl}}.")
+    for name, fit in models.items():
+        if not callable(fit):
+            raise TypeError(
+                f"The model {name!r} is {type(fit).__name__}, not a function (sdata, *, train_key, key_added, ...), "
+                "such as `stp.tl.fit_nsl`: it is fitted anew in each fold."
+            )
+        if name in BASELINES:
+            raise ValueError(f"{name!r} is the name of a baseline; call the model something else.")
+        slots.check_key(table, f"{name}_cv")
+
+
+def _read_expression(table: AnnData, layer: str | None) -> sp.csr_matrix:
+    if layer is not None and layer not in table.layers:
+        raise KeyError(f"No layer {layer!r} in the table; it has {list(table.layers)}.")
+    matrix = table.X if layer is None else table.layers[layer]
+    if matrix is None:
+        raise ValueError(f"The table has no `X`. Say which of the layers {list(table.layers)} to use with `layer`.")
+    return sp.csr_matrix(matrix)

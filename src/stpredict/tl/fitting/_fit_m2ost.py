@@ -1,0 +1,242 @@
+"""Fit M2OST to a SpatialData."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from anndata import AnnData
+from scanpy import logging as logg
+from spatialdata import SpatialData
+
+from stpredict._data import slots
+from stpredict.pp._patches import extract
+from stpredict.tl.evaluation.runs._checkpoint import check_settings
+from stpredict.tl.fitting._inputs import read_inputs
+from stpredict.tl.fitting._targets import fitted_to
+from stpredict.tl.fitting._validation import validation_mask
+
+if TYPE_CHECKING:
+    from stpredict.models.m2ost._model import FittedM2OST
+
+# About the authors' 224 pixels on the HER2+ set: spots of 145 pixels.
+DEFAULT_FIELD = 1.54
+_MIN_SPOTS = 16
+
+
+def fit_m2ost(
+    sdata: SpatialData,
+    *,
+    genes: int | str | Sequence[str] | None = None,
+    train_key: str | None = None,
+    layer: str | None = None,
+    preset: str = "small",
+    network_kwargs: Mapping[str, Any] | None = None,
+    field: float = DEFAULT_FIELD,
+    recipe: str = "default",
+    max_epochs: int | None = None,
+    batch_size: int | None = None,
+    learning_rate: float | None = None,
+    weight_decay: float | None = None,
+    stain_jitter: float | None = None,
+    patience: int | None = None,
+    validation: float = 0.0,
+    key_added: str = "m2ost",
+    image_key: str | Mapping[str, str] | None = None,
+    shapes_key: str | Sequence[str] | None = None,
+    table_key: str | None = None,
+    coordinate_system: str | None = None,
+    store: str | PathLike[str] | None = None,
+    checkpoint_dir: str | PathLike[str] | None = None,
+    device: str = "auto",
+    precision: str = "auto",
+    trainer_kwargs: Mapping[str, Any] | None = None,
+    random_state: int = 0,
+    inplace: bool = True,
+) -> FittedM2OST:
+    """Train M2OST, a transformer that looks at each spot at several scales at once.
+
+    Parameters
+    ----------
+    sdata
+        Images, spots, and a table with log-normalised expression.
+    genes, train_key, layer
+        What to fit, on which spots, as in :func:`stpredict.tl.fit_nsl`. Expression is standardised per gene on the
+        training spots.
+    preset
+        Size of the network: ``"tiny"`` (minutes on a laptop), ``"small"`` (the published one), ``"base"``, ``"large"``.
+    network_kwargs
+        Other parameters of :class:`stpredict.models.M2OST`, such as ``levels``, ``depth``, ``dropout``, ``mask_ratio``.
+    field
+        Field of view of level 0 in spot diameters; level l sees 2^l times as much.
+    recipe
+        ``"default"`` (AdamW, warm-up, cosine, 30 epochs, batches of 8; measured in the documentation's page on M2OST) or
+        ``"paper"`` (Adam, 1e-4, 100 epochs, batches of 96).
+    max_epochs, batch_size, learning_rate, weight_decay, stain_jitter, patience
+        Override the recipe. ``stain_jitter`` is the standard deviation of random factors and offsets of each channel's
+        optical density; ``patience`` the epochs without a lower validation loss after which training stops.
+    validation
+        Share of the training spots that is set aside to choose the best epoch and stop early: whole patients if there
+        are several, else whole sections, else a strip of the section; held-out rows are never used. The default, 0,
+        trains on all training spots to the last epoch, which predicts better when there are few sections: one of three
+        that is set aside is a third of what there is to learn from.
+    key_added
+        Where the results go.
+    image_key, shapes_key, table_key, coordinate_system
+        Which elements to use, as in :func:`stpredict.pp.color_histogram`. `None` finds them.
+    store
+        Folder that keeps the patches for the next fit, as in :func:`stpredict.pp.patches`. `None` keeps them in memory,
+        or in a temporary file when they are large.
+    checkpoint_dir
+        Folder for a checkpoint after every epoch and a CSV log; a killed run with the same settings goes on from it.
+        `None` writes nothing.
+    device
+        ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:<number>"``.
+    precision
+        ``"auto"`` (bf16 where the hardware is faster with it), ``"bf16"`` or ``"32"``.
+    trainer_kwargs
+        For :class:`lightning.pytorch.Trainer`, such as ``{"devices": 4, "num_nodes": 2, "strategy": "ddp"}``,
+        ``{"accumulate_grad_batches": 2}`` or ``{"enable_progress_bar": False}``.
+    random_state
+        Seed of the initial weights, the split, the order and the augmentation.
+    inplace
+        Write predictions and parameters into the table.
+
+    Returns
+    -------
+    The fitted model. With ``inplace=True``, written to the table (after everything has succeeded):
+
+    ``layers["m2ost"]``
+        ``(n_obs, n_vars)`` float32 predictions for all spots, training spots included; NaN for genes that are not
+        modelled and spots without pixels.
+    ``var["m2ost_fitted"]``
+        Genes that are modelled.
+    ``uns["m2ost"]``
+        ``genes``, ``history`` (per epoch ``train_loss``, ``val_loss``, ``val_pcc``, ``learning_rate``) and ``params``.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        Elements, genes, keys or values that do not fit; the table is then unchanged.
+    ArithmeticError
+        The loss is not finite in the first epoch; if that happens later, the last good weights are kept, with a warning.
+    MemoryError
+        The memory of the GPU or the computer is full.
+
+    References
+    ----------
+    Wang et al. 2025, M2OST: Many-to-one Regression for Predicting Spatial Transcriptomics from Digital Pathology
+    Images, AAAI, arXiv 2409.15092.
+
+    Examples
+    --------
+    >>> import stpredict as stp
+    >>> sdata = stp.datasets.synthetic(n_spots=50)
+    >>> model = stp.tl.fit_m2ost(sdata, preset="tiny", max_epochs=1)
+    >>> "m2ost" in sdata["table"].layers
+    True
+    """
+    import torch
+
+    from stpredict.models._device import resolve_precision
+    from stpredict.models.m2ost import _training
+    from stpredict.models.m2ost._model import FittedM2OST
+    from stpredict.models.m2ost._module import M2OST
+
+    if recipe not in _training.RECIPES:
+        raise ValueError(f"`recipe` is {recipe!r}; expected one of {list(_training.RECIPES)}.")
+    changed: dict[str, Any] = {
+        "max_epochs": max_epochs,
+        "batch_size": batch_size,
+        "learning_rate": learning_rate,
+        "weight_decay": weight_decay,
+        "stain_jitter": stain_jitter,
+        "patience": patience,
+    }
+    plan = replace(_training.RECIPES[recipe], **{name: value for name, value in changed.items() if value is not None})
+    if plan.max_epochs < 1 or plan.batch_size < 1 or not plan.learning_rate > 0:
+        raise ValueError(f"Expected positive `max_epochs`, `batch_size` and `learning_rate`, got {plan}.")
+    if not 0 <= validation < 1:
+        raise ValueError(f"`validation` is {validation!r}; expected a share from 0 (none) to below 1.")
+    table, sections, _, targets, device = read_inputs(
+        sdata,
+        genes=genes,
+        train_key=train_key,
+        layer=layer,
+        min_spots=_MIN_SPOTS,
+        key_added=key_added,
+        image_key=image_key,
+        shapes_key=shapes_key,
+        table_key=table_key,
+        coordinate_system=coordinate_system,
+        device=device,
+    )
+    precision = resolve_precision(precision, device)
+    is_validation, how = np.zeros(len(targets.rows), dtype=bool), "none"
+    if validation > 0:
+        is_validation, how = validation_mask(
+            table, targets.rows, sections, fraction=validation, random_state=random_state
+        )
+        logg.info(f"Validating on {is_validation.sum()} of {len(targets.rows)} training spots: {how}.")
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random_state)
+        network = M2OST.from_preset(preset, len(targets.genes), **(network_kwargs or {}))
+    learning = targets.values[~is_validation].astype(np.float64)
+    mean, scale = learning.mean(axis=0), learning.std(axis=0)
+    scale[scale == 0] = 1.0  # constant outside the validation spots
+    settings = {
+        **_training.as_settings(plan),
+        "recipe": recipe,
+        "preset": preset,
+        "field": float(field),
+        **fitted_to(table, layer, train_key),
+        "n_train": int((~is_validation).sum()),
+        "n_validation": int(is_validation.sum()),
+        "validation_on": how,
+        "random_state": int(random_state),
+    }
+    folder = None if checkpoint_dir is None else Path(checkpoint_dir)
+    if folder is not None:
+        check_settings(folder, {**settings, "network": network.config, "genes": targets.genes})
+    patches = extract(
+        sections,
+        levels=network.config["levels"],
+        image_size=network.config["image_size"],
+        field=field,
+        store=store,
+    )
+    with patches:
+        position = np.full(table.n_obs, -1)
+        position[patches.rows] = np.arange(len(patches))
+        standardised = np.zeros((len(patches), len(targets.genes)), dtype=np.float32)
+        standardised[position[targets.rows]] = (targets.values - mean) / scale
+        network, history = _training.train(
+            network,
+            _training.Data(
+                patches, standardised, position[targets.rows[~is_validation]], position[targets.rows[is_validation]]
+            ),
+            plan,
+            random_state=random_state,
+            device=device,
+            precision=precision,
+            checkpoint_dir=folder,
+            trainer_kwargs=trainer_kwargs,
+        )
+        model = FittedM2OST(network, targets.genes, mean, scale, history, settings)
+        if inplace:
+            predicted = np.full((table.n_obs, len(targets.genes)), np.nan, dtype=np.float32)
+            predicted[patches.rows] = model.predict(patches, device=device, precision=precision)
+            write_m2ost(table, key_added, model, predicted)
+    return model
+
+
+def write_m2ost(table: AnnData, key: str, model: FittedM2OST, predicted: np.ndarray) -> None:
+    """Write predictions, history and parameters; the weights stay with the model."""
+    slots.write_predictions(
+        table, key, model.genes, predicted, {"history": model.history, "params": {"model": model.kind, **model.params}}
+    )

@@ -1,0 +1,220 @@
+"""Fit ridge regression on features of spots."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from anndata import AnnData
+from scanpy import logging as logg
+from spatialdata import SpatialData
+
+from stpredict._data import slots
+from stpredict._data.slide import read_table
+from stpredict.pp._features import Encoder, Features, choose_sources, needs_image, read_features, write_made
+from stpredict.pp._patches import DEFAULT_FIELD
+from stpredict.tl.fitting._inputs import read_inputs
+from stpredict.tl.fitting._targets import fitted_to, read_targets
+
+if TYPE_CHECKING:
+    from stpredict.models import Ridge
+
+_MIN_SPOTS = 12
+# Effective degrees of freedom of a gene about which the features say nothing.
+_NOTHING = 0.1
+
+
+def fit_ridge(
+    sdata: SpatialData,
+    *,
+    features: str | Encoder | Sequence[str | Encoder] = "color_statistics",
+    genes: int | str | Sequence[str] | None = None,
+    train_key: str | None = None,
+    layer: str | None = None,
+    n_components: int | None = 256,
+    alpha: float | Literal["gcv", "hest"] = "gcv",
+    image_size: int = 224,
+    field: float = DEFAULT_FIELD,
+    key_added: str = "ridge",
+    image_key: str | Mapping[str, str] | None = None,
+    shapes_key: str | Sequence[str] | None = None,
+    table_key: str | None = None,
+    coordinate_system: str | None = None,
+    device: str = "auto",
+    inplace: bool = True,
+) -> Ridge:
+    """Predict expression by ridge regression on features of spots: colours, positions, or a foundation model's.
+
+    Features are standardised, reduced to principal components where there are many, and regressed on, with a penalty
+    for each gene (:class:`stpredict.models.Ridge`). It is fitted in seconds, and benchmarks find it hard to beat. Nothing
+    but training spots enters mean, scale, components and penalties.
+
+    Parameters
+    ----------
+    sdata
+        Spots, a table with log-normalised expression, and images where features are made of them.
+    features
+        One or several of:
+
+        - a key of ``obsm``: an array, sparse matrix or data frame, such as squidpy's image features or the embedding of a
+          pathology foundation model by LazySlide;
+        - ``"color_statistics"`` (:func:`stpredict.pp.color_statistics`), ``"mean_od"`` or ``"color_histogram"``
+          (:func:`stpredict.pp.color_histogram`; square roots of the shares of 512 colours): those that the table holds,
+          else made with the defaults of these functions;
+        - ``"position"``: a smooth basis of the place in a section, for each section and shared by all. It looks at no
+          image, and says how much of a score is due to the place alone;
+        - an encoder: a torch module, a torchscript module or any callable that maps a batch of patches, a float tensor
+          ``(b, 3, image_size, image_size)`` with values in [0, 1], to features ``(b, d)``. Nothing is downloaded; put the
+          normalisation that your checkpoint expects into it.
+    genes, train_key, layer
+        What to fit, on which spots, as in :func:`stpredict.tl.fit_nsl`.
+    n_components
+        Principal components to regress on when there are more features than that. `None` never reduces.
+    alpha
+        The penalty. ``"gcv"`` chooses one for each gene by generalised cross-validation on the training spots, ``"hest"`` takes
+        that of HEST-bench, 100 / (features after reduction x genes), which hardly penalises; a number is taken as it is.
+    image_size, field
+        Pixels of an encoder's patches and their field of view in spot diameters, as in :func:`stpredict.pp.patches`.
+    key_added
+        Where the results go.
+    image_key, shapes_key, table_key, coordinate_system
+        Which elements to use, as in :func:`stpredict.pp.color_histogram`. `None` finds them.
+    device
+        Where an encoder computes (a module is moved there): ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or
+        ``"cuda:<number>"``.
+    inplace
+        Write predictions and parameters into the table.
+
+    Returns
+    -------
+    The fitted model. With ``inplace=True``, written to the table (after everything has succeeded):
+
+    ``layers["ridge"]``
+        ``(n_obs, n_vars)`` float32 predictions for all spots, training spots included; NaN for genes that are not
+        modelled and spots that lack a feature (such training spots are left out, and counted in the log).
+    ``var["ridge_fitted"]``
+        Genes that are modelled.
+    ``uns["ridge"]``
+        For the ``G`` modelled genes ``genes``, ``alpha``, ``degrees_of_freedom`` (effective ones) and ``params``.
+    ``obsm["ridge_features"]``
+        ``(n_obs, d)`` float32, what an encoder made. Name this key as ``features`` to fit again without encoding again.
+    ``obsm["color_statistics"]``, ``obsm["color_histogram"]``, …
+        As their own functions write them, where they were made.
+
+    Raises
+    ------
+    KeyError, TypeError, ValueError
+        Elements, genes, features, keys or values that do not fit; the table is then unchanged.
+
+    References
+    ----------
+    Golub, Heath & Wahba 1979, Generalized Cross-Validation as a Method for Choosing a Good Ridge Parameter, Technometrics 21.
+    Jaume et al. 2024, HEST-1k: A Dataset for Spatial Transcriptomics and Histology Image Analysis, arXiv 2406.16192.
+
+    Examples
+    --------
+    >>> import stpredict as stp
+    >>> sdata = stp.datasets.synthetic(n_spots=50)
+    >>> model = stp.tl.fit_ridge(sdata)
+    >>> "ridge" in sdata["table"].layers
+    True
+
+    An encoder is anything that makes vectors of patches:
+
+    >>> model = stp.tl.fit_ridge(sdata, features=["position", lambda patches: patches.mean(dim=(2, 3))], image_size=32)
+    >>> sdata["table"].obsm["ridge_features"].shape[1]
+    3
+    """
+    from stpredict.models import Ridge
+
+    if n_components is not None and not (isinstance(n_components, int | np.integer) and n_components >= 1):
+        raise ValueError(f"`n_components` is {n_components!r}; expected a positive integer or None.")
+    is_number = isinstance(alpha, int | float | np.number) and not isinstance(alpha, bool)
+    if not (alpha in ("gcv", "hest") if isinstance(alpha, str) else is_number and 0 <= alpha < np.inf):
+        raise ValueError(f"`alpha` is {alpha!r}; expected 'gcv', 'hest' or a number that is not negative.")
+    sources, encoder = choose_sources(read_table(sdata, table_key)[1], features, image_size=image_size, field=field)
+    table, sections, training, targets, device = read_inputs(
+        sdata,
+        genes=genes,
+        train_key=train_key,
+        layer=layer,
+        min_spots=_MIN_SPOTS,
+        key_added=key_added,
+        image_key=image_key,
+        shapes_key=shapes_key,
+        table_key=table_key,
+        coordinate_system=coordinate_system,
+        device=device,
+        needs_image=needs_image(sources),
+    )
+    if encoder is not None:
+        slots.check_features_key(table, key_added)
+    read = read_features(sdata, table, sections, sources, encoder=encoder, shapes_key=shapes_key, device=device)
+    known = read.known
+    if not known[targets.rows].all():
+        _check_any_known(read, targets.rows)
+        targets = read_targets(table, targets.rows[known[targets.rows]], genes=genes, layer=layer, min_spots=_MIN_SPOTS)
+    if n_left_out := int(training.sum()) - len(targets.rows):
+        logg.info(f"{n_left_out} training spots lack a spot, an image or a feature and are left out.")
+    model = Ridge.fit(
+        read.values[targets.rows],
+        targets.values,
+        targets.genes,
+        n_components=n_components,
+        alpha=alpha,
+        common_scale=read.common_scale,
+        params={
+            "features": read.sources,
+            "n_components": "all" if n_components is None else int(n_components),
+            "alpha": alpha if isinstance(alpha, str) else float(alpha),
+            **fitted_to(table, layer, train_key),
+            "n_train": len(targets.rows),
+        },
+    )
+    if alpha == "gcv" and (n_constant := int((model.degrees_of_freedom < _NOTHING).sum())) > len(model.genes) / 2:
+        logg.warning(
+            f"Cross-validation finds that the features say nothing about {n_constant} of {len(model.genes)} genes: they are "
+            "predicted as all but constant."
+        )
+    if inplace:
+        write_made(table, key_added, read.made)
+        write_ridge(table, key_added, model, model.predict(read.values), known)
+    return model
+
+
+def write_ridge(table: AnnData, key: str, model: Ridge, predicted: np.ndarray, known: np.ndarray) -> None:
+    """Write predictions and penalties, for the rows that have features."""
+    predicted[~known] = np.nan
+    slots.write_predictions(
+        table,
+        key,
+        model.genes,
+        predicted,
+        {
+            "alpha": model.alpha,
+            "degrees_of_freedom": model.degrees_of_freedom,
+            "params": {"model": model.kind, **_storable(model.params)},
+        },
+    )
+
+
+def _storable(params: Any) -> Any:
+    """Lists as arrays, which h5ad and zarr store."""
+    if isinstance(params, dict):
+        return {name: _storable(value) for name, value in params.items()}
+    return np.array(params) if isinstance(params, list) else params
+
+
+def _check_any_known(read: Features, rows: np.ndarray) -> None:
+    if read.known[rows].any():
+        return
+    missing, first = {}, 0
+    for name, source in read.sources.items():
+        block = read.values[rows, first : first + source["n_features"]]
+        missing[name] = f"{name!r} in {(~np.isfinite(block).all(axis=1)).sum()}"
+        first += source["n_features"]
+    raise ValueError(
+        f"None of the {len(rows)} training spots has all features; missing (NaN) are {', '.join(missing.values())} of them. "
+        "Leave such features or columns out."
+    )
