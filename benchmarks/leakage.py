@@ -56,8 +56,8 @@ def main() -> None:
                 {"nearest_spot": nearest_spot, "nsl": stp.tl.fit_nsl},
                 split=split,
                 genes=N_GENES,
-                baselines=["position", "ridge on mean OD", "ridge on colour statistics"],
-                n_permutations=0,
+                baselines=["position", "ridge on mean OD", "ridge on color statistics"],
+                n_perms=0,
                 n_bootstrap=0,
                 inplace=False,
             )

@@ -44,7 +44,7 @@ def main() -> None:
     found: dict[str, dict[str, list[float]]] = {}
     for preset in PRESETS:
         torch.manual_seed(0)
-        network = stp.models.M2OST.from_preset(preset, 250).eval()
+        network = stp.models.M2OSTModule.from_preset(preset, 250).eval()
         entering: list[list[Tensor]] = []
 
         def remember(block: nn.Module, inputs: tuple[list[Tensor]], seen: list[list[Tensor]] = entering) -> None:

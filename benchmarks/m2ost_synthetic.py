@@ -37,7 +37,7 @@ def evaluate(seed: int, n_sections: int, n_spots: int) -> pd.DataFrame:
     train = (table.obs["section"] != f"S{n_sections}").to_numpy()
     table.obs["train"] = train
     genes = list(table.var_names)
-    stp.tl.fit_nsl(sdata, genes=genes, train_key="train", field=4.0, key_added="nsl_field_4")
+    stp.tl.fit_nsl(sdata, genes=genes, train_key="train", spot_scale=4.0, key_added="nsl_field_4")
     stp.tl.fit_nsl(sdata, genes=genes, train_key="train")
     start = time.perf_counter()
     stp.tl.fit_m2ost(sdata, genes=genes, train_key="train", preset="tiny", random_state=seed)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from stpredict.models.m2ost._module import M2OST, PRESETS
+from stpredict.models.m2ost._module import PRESETS, M2OSTModule
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -37,7 +37,7 @@ PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Literal(nn.Module):
     """The published formulas, one by one, on the parameters of an M2OST network."""
 
-    def __init__(self, network: M2OST) -> None:
+    def __init__(self, network: M2OSTModule) -> None:
         super().__init__()
         self.network = network
 
@@ -51,8 +51,8 @@ class Literal(nn.Module):
             parts = [net.class_token.expand(len(images), -1, -1)]
             for k in range(level, -1, -1):
                 side = size >> k
-                centre = slice((size - side) // 2, (size + side) // 2)
-                parts.append(self._embed(images[:, level, :, centre, centre], k))
+                center = slice((size - side) // 2, (size + side) // 2)
+                parts.append(self._embed(images[:, level, :, center, center], k))
             x.append(torch.cat(parts, dim=1) + net.positions[level])
         for block in net.blocks:
             x = [self._self_attention(layer, t) + t for layer, t in zip(block.attention, x, strict=True)]
@@ -136,7 +136,7 @@ def ceiling(device: str, precision: torch.dtype) -> float:
     if device == "cpu":
         ways["convolution"] = lambda: F.conv2d(a[None, :, None].permute(0, 3, 2, 1), b[:, :, None, None])
 
-    def synchronised(way: Callable[[], object]) -> Callable[[], None]:
+    def synchronized(way: Callable[[], object]) -> Callable[[], None]:
         def run() -> None:
             way()
             if device == "cuda":
@@ -145,7 +145,7 @@ def ceiling(device: str, precision: torch.dtype) -> float:
         return run
 
     with torch.no_grad():
-        return 2 * n**3 / min(race({name: synchronised(way) for name, way in ways.items()}, 7).values())
+        return 2 * n**3 / min(race({name: synchronized(way) for name, way in ways.items()}, 7).values())
 
 
 def main() -> None:
@@ -165,7 +165,7 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
-    network = M2OST.from_preset(arguments.preset, arguments.genes).to(device)
+    network = M2OSTModule.from_preset(arguments.preset, arguments.genes).to(device)
     size = network.config["image_size"]
     images = torch.randint(0, 256, (batch, 3, 3, size, size), dtype=torch.uint8, device=device)
     floats = images / 255

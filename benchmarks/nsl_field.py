@@ -57,7 +57,7 @@ def main() -> None:
     scores: list[dict[str, Any]] = []
     with tqdm(total=len(folds) * len(FIELDS) + len(CHOICE) * (len(PULLS) - 1)) as progress:
         for field in FIELDS:
-            histogram = stp.pp.color_histogram(sdata, field=field, inplace=False)
+            histogram = stp.pp.color_histogram(sdata, spot_scale=field, inplace=False)
             fractions, mean_od = color_fractions(histogram), histogram.mean_od
             for sections, used, held_out in folds:
                 train = np.isin(of_spot, used) & (of_spot != held_out)

@@ -129,7 +129,7 @@ def adam_steps(n_genes: int, device: str) -> Iterator[Callable[[], dict[str, Any
     goal = float(np.mean(np.log(model.loss) + 0.1 * pull)) + 1e-3
     y = torch.tensor((expression - expression.mean(0)) / expression.std(0), dtype=torch.float32, device=device)
     p = torch.tensor(fractions.toarray(), dtype=torch.float32, device=device)
-    colours = torch.tensor(od, dtype=torch.float32, device=device)
+    colors = torch.tensor(od, dtype=torch.float32, device=device)
     target_stains = torch.tensor(reference, dtype=torch.float32, device=device)
 
     def run() -> dict[str, Any]:
@@ -144,7 +144,7 @@ def adam_steps(n_genes: int, device: str) -> Iterator[Callable[[], dict[str, Any
                 stains, weights, bias = parameters
                 unit = torch.nn.functional.normalize(stains, dim=-1)
                 unmix = torch.linalg.inv(unit)[..., :2]
-                concentrations = torch.einsum("kc,gcs->kgs", colours, unmix).clamp_min(0)
+                concentrations = torch.einsum("kc,gcs->kgs", colors, unmix).clamp_min(0)
                 predicted = p @ (concentrations * weights).sum(-1) + bias
                 loss = (predicted - y).square().mean(0).log() + 0.1 * (unit - target_stains).square().sum((1, 2))
                 if loss.mean().item() <= goal:
@@ -193,7 +193,7 @@ def run_case(name: str, repeat: int, device: str) -> dict[str, Any]:
     for i in range(1 if name in ONCE else repeat + 1):
         start = time.perf_counter()
         facts = run()
-        _synchronise(device)
+        _synchronize(device)
         if i or name in ONCE:
             seconds.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
@@ -213,7 +213,7 @@ def _rss() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e9
 
 
-def _synchronise(device: str) -> None:
+def _synchronize(device: str) -> None:
     if device.startswith("cuda"):
         import torch
 

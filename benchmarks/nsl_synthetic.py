@@ -33,7 +33,7 @@ def evaluate(seed: int, field: float) -> pd.DataFrame:
     table.obs["train"] = (table.obs["section"] == "S1").to_numpy()
     train = table.obs["train"].to_numpy()
     genes = list(table.var_names)
-    model = stp.tl.fit_nsl(sdata, genes=genes, train_key="train", field=field)
+    model = stp.tl.fit_nsl(sdata, genes=genes, train_key="train", spot_scale=field)
     expression, truth = table.X.toarray(), table.layers["truth"]
     mean_od = table.obsm["mean_od"]
     ridge = RidgeCV(np.logspace(-4, 2, 13)).fit(mean_od[train], expression[train]).predict(mean_od[~train])
@@ -70,11 +70,11 @@ def main() -> None:
     summary = by_kind[["angle", "nsl", "ridge", "truth", "ratio"]].median()
     summary.insert(0, "genes", by_kind.size())
     summary["mean |PCC|"] = by_kind["|nsl|"].mean()
-    coloured = genes[genes["kind"].isin(["stain", "mix"])]
+    colored = genes[genes["kind"].isin(["stain", "mix"])]
     summary.loc["stain and mix"] = [
-        len(coloured),
-        *coloured[["angle", "nsl", "ridge", "truth", "ratio"]].median(),
-        coloured["|nsl|"].mean(),
+        len(colored),
+        *colored[["angle", "nsl", "ridge", "truth", "ratio"]].median(),
+        colored["|nsl|"].mean(),
     ]
     print(summary.to_string(float_format="{:.3f}".format, na_rep="-"))
     args.json.write_text(json.dumps({"field": args.field, "medians": summary.to_dict()}, indent=1))

@@ -39,10 +39,10 @@ def places() -> dict[str, list[np.ndarray]]:
     sdata = stp.datasets.her2st(["C2", "C3", "C4", "C5"])
     real = [spots.xy / pitch(spots.xy) for spots in read_spots(sdata, sdata["table"])]
     grid = np.indices((60, 60)).reshape(2, -1).T.astype(float)
-    centred = np.column_stack([grid[:, 1] + 0.5 * (grid[:, 0] % 2), grid[:, 0] * np.sqrt(3) / 2]) - [30, 26]
-    angle = np.arctan2(*centred.T)
-    ragged = np.hypot(*centred.T) / (1 + 0.25 * np.sin(2 * angle) + 0.15 * np.cos(3 * angle + 1))
-    return {"C2": real[:1], "C2 to C5": real, "hexagonal, 800 spots": [centred[np.argsort(ragged)[:800]]]}
+    centered = np.column_stack([grid[:, 1] + 0.5 * (grid[:, 0] % 2), grid[:, 0] * np.sqrt(3) / 2]) - [30, 26]
+    angle = np.arctan2(*centered.T)
+    ragged = np.hypot(*centered.T) / (1 + 0.25 * np.sin(2 * angle) + 0.15 * np.cos(3 * angle + 1))
+    return {"C2": real[:1], "C2 to C5": real, "hexagonal, 800 spots": [centered[np.argsort(ragged)[:800]]]}
 
 
 def pitch(xy: np.ndarray) -> float:
@@ -76,8 +76,8 @@ def moved(xy: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     angle = rng.uniform(0, 2 * np.pi)
     turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]) * [rng.choice([-1, 1]), 1]
     low, high = xy.min(axis=0), xy.max(axis=0)
-    span, centre = high - low + 1, (low + high) / 2
-    places = ((xy - centre) @ turn.T + rng.uniform(0, span)) % span + low - 0.5
+    span, center = high - low + 1, (low + high) / 2
+    places = ((xy - center) @ turn.T + rng.uniform(0, span)) % span + low - 0.5
     return np.asarray(cKDTree(xy).query(places)[1])
 
 
@@ -104,7 +104,7 @@ def by_modes(
     ends = np.cumsum([0, *(len(xy) for xy in sections)])
     parts = [Part("", "", np.arange(a, b), xy) for a, b, xy in zip(ends[:-1], ends[1:], sections, strict=True)]
     return permutation_p_values(
-        np.concatenate(x), np.concatenate(y), np.arange(N_GENES), parts, n_permutations=N_DRAWS, rng=rng
+        np.concatenate(x), np.concatenate(y), np.arange(N_GENES), parts, n_perms=N_DRAWS, rng=rng
     )
 
 

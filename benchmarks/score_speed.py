@@ -48,13 +48,13 @@ def slide(n_sections: int) -> SpatialData:
         counts.append(sp.csr_matrix(rng.poisson(rate).astype(np.float32)))
         predicted[spots] = np.log1p(rate) + 0.1 * rng.standard_normal(rate.shape, dtype=np.float32)
     whole = sp.csr_matrix(sp.vstack(counts))
-    normalised = sp.csr_matrix(sp.diags_array(1e4 / np.asarray(whole.sum(axis=1)).ravel()) @ whole).astype(np.float32)
-    normalised.data = np.log1p(normalised.data)
+    normalized = sp.csr_matrix(sp.diags_array(1e4 / np.asarray(whole.sum(axis=1)).ravel()) @ whole).astype(np.float32)
+    normalized.data = np.log1p(normalized.data)
     obs = pd.DataFrame(
         {"region": pd.Categorical(np.repeat(names, n)), "spot": np.tile(np.arange(n), n_sections)},
         index=[f"{name}_{i}" for name in names for i in range(n)],
     )
-    table = AnnData(normalised, obs=obs, layers={"counts": whole, "predicted": predicted})
+    table = AnnData(normalized, obs=obs, layers={"counts": whole, "predicted": predicted})
     table.var_names = [f"g{i}" for i in range(N_GENES)]
     return SpatialData(
         shapes={name: ShapesModel.parse(xy, geometry=0, radius=27.5) for name in names},
@@ -62,7 +62,7 @@ def slide(n_sections: int) -> SpatialData:
     )
 
 
-def scoring(n_sections: int, n_genes: int, n_permutations: int) -> Callable[[], dict[str, Any]]:
+def scoring(n_sections: int, n_genes: int, n_perms: int) -> Callable[[], dict[str, Any]]:
     """Score some genes of a slide."""
     import stpredict as stp
 
@@ -71,12 +71,12 @@ def scoring(n_sections: int, n_genes: int, n_permutations: int) -> Callable[[], 
     genes = None if n_genes == N_GENES else list(table.var_names[:n_genes])
 
     def run() -> dict[str, Any]:
-        stp.tl.score(sdata, layer="predicted", genes=genes, n_permutations=n_permutations)
+        stp.tl.score(sdata, key="predicted", genes=genes, n_perms=n_perms)
         return {
             "genes": n_genes,
             "spots": table.n_obs,
             "sections": n_sections,
-            "permutations": n_permutations,
+            "permutations": n_perms,
             "share_not_zero": table.X.nnz / table.n_obs / table.n_vars,
         }
 
@@ -98,12 +98,12 @@ def ceiling() -> Callable[[], dict[str, Any]]:
 
 def bounds() -> Callable[[], dict[str, Any]]:
     """Seconds for parts of the work on all genes, from a few of them."""
-    from stpredict.tl.evaluation.numbers._metrics import Pairs, gene_metrics, neighbour_graph, ranks
+    from stpredict.tl.evaluation.numbers._metrics import Pairs, gene_metrics, neighbor_graph, ranks
     from stpredict.tl.evaluation.runs._parts import by_gene, by_spot, slices
 
     sdata = slide(1)
     table, rows, columns = sdata["table"], np.arange(N_SPOTS), np.arange(N_GENES)
-    graph = neighbour_graph(np.column_stack([sdata.shapes["s0"].geometry.x, sdata.shapes["s0"].geometry.y]))
+    graph = neighbor_graph(np.column_stack([sdata.shapes["s0"].geometry.x, sdata.shapes["s0"].geometry.y]))
     read = by_gene(table.X, rows, columns), by_gene(table.layers["predicted"], rows, columns)
     read_spots = by_spot(table.X, rows, columns), by_spot(table.layers["predicted"], rows, columns)
     chunks = slices(N_GENES, N_SPOTS)[:: N_GENES // N_SPOTS * 3]
@@ -152,7 +152,7 @@ def run_case(name: str) -> dict[str, Any]:
     import stpredict as stp
 
     small = stp.datasets.synthetic(1, n_spots=30, n_genes=8)
-    stp.tl.score(small, layer="truth", n_permutations=1)
+    stp.tl.score(small, key="truth", n_perms=1)
     run = CASES[name]()
     before = memory("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew: making the slide took more than it holds

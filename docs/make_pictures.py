@@ -133,12 +133,12 @@ def draw_random_maps(sdata: SpatialData) -> None:
         ax.axis("off")
 
 
-def draw_palette(ax: Axes, colours: np.ndarray, share: np.ndarray) -> None:
+def draw_palette(ax: Axes, colors: np.ndarray, share: np.ndarray) -> None:
     """Colours as a square of cells, each as frequent as the colour, from bright to dark."""
     side = 48
-    order = np.argsort(-colours @ [0.3, 0.6, 0.1], kind="stable")
+    order = np.argsort(-colors @ [0.3, 0.6, 0.1], kind="stable")
     bins = order[np.searchsorted(np.cumsum(share[order]), (np.arange(side**2) + 0.5) / side**2)]
-    show(ax, colours[bins].reshape(side, side, 3), "their colours, counted")
+    show(ax, colors[bins].reshape(side, side, 3), "their colours, counted")
     n = int((share > 0).sum())
     ax.text(0.5, -0.04, f"{n:,} colours: all that the model sees", transform=ax.transAxes, ha="center", va="top")
 
@@ -152,16 +152,16 @@ def draw_field(sdata: SpatialData) -> None:
     _, (tissue, curve) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained", width_ratios=[1, 1.7])
     pixels, radius = patch(sdata, SPOT, 6)
     show(tissue, pixels, "fields of 1, 2 and 4 spot diameters")
-    neighbours = sdata[f"{HELD_OUT}_spots"]
-    centre = neighbours.loc[SPOT].geometry
-    for spot in neighbours.geometry:
-        shifted = (spot.x - centre.x + len(pixels) / 2, spot.y - centre.y + len(pixels) / 2)
+    neighbors = sdata[f"{HELD_OUT}_spots"]
+    center = neighbors.loc[SPOT].geometry
+    for spot in neighbors.geometry:
+        shifted = (spot.x - center.x + len(pixels) / 2, spot.y - center.y + len(pixels) / 2)
         if all(0 < value < len(pixels) for value in shifted):
             tissue.add_patch(Circle(shifted, radius, color="white", alpha=0.35, linewidth=0))
     for field in FIELDS:
         tissue.add_patch(Circle(2 * [len(pixels) / 2], field * radius, fill=False, color="white", linewidth=1.5))
-    for name, colour in (("NSL", "#54367f"), ("ridge on mean OD", "#c9689f")):
-        curve.plot(mean.index, mean[name], "o-", color=colour, label=name)
+    for name, color in (("NSL", "#54367f"), ("ridge on mean OD", "#c9689f")):
+        curve.plot(mean.index, mean[name], "o-", color=color, label=name)
     curve.axvline(found["field"], color="0.7", linewidth=1, zorder=0)
     curve.set_xscale("log", base=2)
     curve.set_xticks(list(mean.index), [f"{field:g}" for field in mean.index])

@@ -48,7 +48,7 @@ def main() -> None:
     table.obs["held_out"] = ~train
     stp.tl.noise_ceiling(sdata, genes=model.genes)
     layers = ["training_mean", "ridge_mean_od", "ridge_color_statistics", "nsl"]
-    scores = pd.concat([stp.tl.score(sdata, layer=layer, spots="held_out") for layer in layers])
+    scores = pd.concat([stp.tl.score(sdata, key=layer, spots="held_out") for layer in layers])
     print(f"Held-out section {held_out}: {len(model.genes)} genes, {(~train).sum()} spots")
     columns = ["pcc", "above_0.3", "predictable", "pcc_of_ceiling", "spot_pcc"]
     print(stp.tl.summarize(scores)[columns].to_string(float_format="{:.3f}".format, na_rep="-"), "\n")

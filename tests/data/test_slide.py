@@ -85,7 +85,7 @@ def test_repeated_gene_names(make_sdata: MakeSData) -> None:
 @pytest.mark.parametrize("polygons", [False, True], ids=["circles", "polygons"])
 @pytest.mark.parametrize("shapes_at", ["identity", "anisotropic", "shear", "sequence"])
 @pytest.mark.parametrize("image_at", ["identity", "rotation", "flip", "anisotropic"])
-def test_centres_and_diameters_in_pixels(
+def test_centers_and_diameters_in_pixels(
     make_sdata: MakeSData, placements: Placements, image_at: str, shapes_at: str, polygons: bool
 ) -> None:
     sdata = make_sdata(image_at=image_at, shapes_at=shapes_at, polygons=polygons)
@@ -350,7 +350,7 @@ def test_unnamed_fourth_channel_is_alpha(make_sdata: MakeSData, log: io.StringIO
 
 
 @pytest.mark.parametrize("names", [["DAPI", "CD3", "CD8"], ["r", "g", "alpha"], ["r", "r", "b"]], ids="-".join)
-def test_channels_that_are_no_colours(make_sdata: MakeSData, names: list[str]) -> None:
+def test_channels_that_are_no_colors(make_sdata: MakeSData, names: list[str]) -> None:
     sdata = make_sdata()
     image = sdata["A_image"].assign_coords(c=names)
     sdata.images.data["A_image"] = image

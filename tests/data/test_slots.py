@@ -163,8 +163,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def test_a_stored_histogram_is_used(make_sdata: MakeSData, counted: list[int]) -> None:
     sdata = make_sdata(2)
-    stp.pp.color_histogram(sdata, bits=5, field=2.0)
-    expected = stp.pp.color_histogram(sdata, bits=5, field=2.0, inplace=False)
+    stp.pp.color_histogram(sdata, bits=5, spot_scale=2.0)
+    expected = stp.pp.color_histogram(sdata, bits=5, spot_scale=2.0, inplace=False)
     assert expected is not None
     counted.clear()
     found = use(sdata)
@@ -179,7 +179,7 @@ def test_a_stored_histogram_survives_the_disk(
     make_sdata: MakeSData, counted: list[int], tmp_path: Path, way: str
 ) -> None:
     sdata = make_sdata(2, image_at="sequence", shapes_at="shear", scale_factors=[2], instances="str")
-    stp.pp.color_histogram(sdata, bits=5, field=2.0)
+    stp.pp.color_histogram(sdata, bits=5, spot_scale=2.0)
     if way == "zarr":
         sdata.write(tmp_path / "slide.zarr")
         sdata = sd.read_zarr(tmp_path / "slide.zarr")
@@ -197,7 +197,7 @@ def test_a_stored_histogram_survives_the_disk(
 @pytest.mark.parametrize("part", ["obsm/color_histogram", "obsm/mean_od", "obs/coverage", "uns/color_histogram"])
 def test_an_incomplete_histogram_is_counted_anew(make_sdata: MakeSData, counted: list[int], part: str) -> None:
     sdata = make_sdata()
-    stp.pp.color_histogram(sdata, bits=5, field=2.0)
+    stp.pp.color_histogram(sdata, bits=5, spot_scale=2.0)
     slot, key = part.split("/")
     del getattr(sdata["table"], slot)[key]
     counted.clear()
@@ -212,12 +212,12 @@ def test_a_histogram_of_something_else_is_not_used(
     table = sdata["table"]
 
     def is_counted(**options: Any) -> bool:
-        stp.pp.color_histogram(make_sdata(2), bits=5, field=2.0)
+        stp.pp.color_histogram(make_sdata(2), bits=5, spot_scale=2.0)
         counted.clear()
         use(sdata, **options)
         return bool(counted)
 
-    stp.pp.color_histogram(sdata, bits=5, field=2.0)
+    stp.pp.color_histogram(sdata, bits=5, spot_scale=2.0)
     assert not is_counted()
     assert is_counted(bits=4)
     assert is_counted(field=1.5)
@@ -239,17 +239,17 @@ def test_a_histogram_of_something_else_is_not_used(
     sdata["A_spots"] = spots
     assert not is_counted()
 
-    stp.pp.color_histogram(sdata, bits=5, field=2.0, shapes_key="A_spots")
+    stp.pp.color_histogram(sdata, bits=5, spot_scale=2.0, shapes_key="A_spots")
     assert is_counted(), "of one section only"
     assert table is sdata["table"]
 
 
 def test_rows_keep_their_histogram_when_the_table_is_cut(make_sdata: MakeSData) -> None:
     sdata = make_sdata(2)
-    stp.pp.color_histogram(sdata, bits=5, field=2.0)
+    stp.pp.color_histogram(sdata, bits=5, spot_scale=2.0)
     rows = np.random.default_rng(0).permutation(60)[:40]
     sdata["table"] = sdata["table"][rows].copy()
-    found, expected = use(sdata), stp.pp.color_histogram(sdata, bits=5, field=2.0, inplace=False)
+    found, expected = use(sdata), stp.pp.color_histogram(sdata, bits=5, spot_scale=2.0, inplace=False)
     assert expected is not None
     np.testing.assert_array_equal(found.mean_od, expected.mean_od)
     np.testing.assert_array_equal(found.n_pixels, expected.n_pixels)

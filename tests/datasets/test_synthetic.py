@@ -212,13 +212,13 @@ class TestPhysics:
 
     def test_direction(self, small: SpatialData) -> None:
         truth = small["table"].uns["synthetic"]
-        own_colour = np.isin(truth["kind"], ["stain", "mix"])
+        own_color = np.isin(truth["kind"], ["stain", "mix"])
         for section, direction in truth["direction"].items():
-            assert np.isnan(direction[~own_colour]).all()
-            np.testing.assert_allclose(np.linalg.norm(direction[own_colour], axis=1), 1)
+            assert np.isnan(direction[~own_color]).all()
+            np.testing.assert_allclose(np.linalg.norm(direction[own_color], axis=1), 1)
             # Light through one unit of each stain in turn: the direction sees the gene's weights, up to scale.
-            seen = direction[own_colour] @ truth["stain_matrix"][section].T
-            weights = truth["weights"][own_colour]
+            seen = direction[own_color] @ truth["stain_matrix"][section].T
+            weights = truth["weights"][own_color]
             scale = np.linalg.norm(weights, axis=1, keepdims=True) / np.linalg.norm(seen, axis=1, keepdims=True)
             np.testing.assert_allclose(seen * scale, weights, atol=1e-9)
 
@@ -254,7 +254,7 @@ def held_out(default: SpatialData) -> dict[str, Any]:
 
 class TestGenes:
     @pytest.mark.parametrize("kind", ["stain", "mix"])
-    def test_colour_decides(self, held_out: dict[str, Any], kind: str) -> None:
+    def test_color_decides(self, held_out: dict[str, Any], kind: str) -> None:
         these = held_out["kind"] == kind
         assert np.median(held_out["angle"][these]) < 5
         assert np.median(held_out["own"][these] / held_out["ceiling"][these]) > 0.97

@@ -44,9 +44,9 @@ def test_field_has_its_length(rng: np.random.Generator) -> None:
 
 
 @pytest.mark.parametrize("degrees", [0, 30, 82.5, 135])
-def test_fibres_follow_the_angle(rng: np.random.Generator, degrees: float) -> None:
+def test_fibers_follow_the_angle(rng: np.random.Generator, degrees: float) -> None:
     angle = np.full((400, 400), np.radians(degrees), np.float32)
-    slope_y, slope_x = np.gradient(_tissue._fibres(rng, angle, 40, 4))
+    slope_y, slope_x = np.gradient(_tissue._fibers(rng, angle, 40, 4))
     # Across the fibres the texture changes fastest: the mean structure tensor points there.
     across = 0.5 * np.arctan2(2 * (slope_x * slope_y).mean(), (slope_x**2 - slope_y**2).mean())
     difference = (np.degrees(across) + 90 - degrees + 90) % 180 - 90
@@ -77,7 +77,7 @@ def test_ellipses_have_their_area_place_and_direction(rng: np.random.Generator) 
 
 def test_ellipses_are_cut_at_the_border() -> None:
     ones = np.ones(2)
-    centre = np.array([[0.2, 0.2], [19.9, 10.0]])
-    drawn = _tissue._ellipses((20, 20), centre, 3 * ones, 3 * ones, 0 * ones, ones)
+    center = np.array([[0.2, 0.2], [19.9, 10.0]])
+    drawn = _tissue._ellipses((20, 20), center, 3 * ones, 3 * ones, 0 * ones, ones)
     assert drawn[0, 0] == drawn[19, 10] == 1
     assert drawn[0, 15] == drawn[15, 0] == 0

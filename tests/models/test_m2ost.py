@@ -9,17 +9,17 @@ import pytest
 import torch
 
 import stpredict as stp
-from stpredict.models import M2OST, FittedM2OST
+from stpredict.models import M2OST, M2OSTModule
 
 SIZES: dict[str, Any] = {"levels": 2, "image_size": 32, "width": 16, "depth": 1, "heads": 2, "head_width": 8}
 GENES = ["a", "b", "c"]
 
 
-def fitted(**sizes: Any) -> FittedM2OST:
+def fitted(**sizes: Any) -> M2OST:
     torch.manual_seed(0)
-    network = M2OST(len(GENES), **{**SIZES, "mlp_width": 16, "gate_width": 16, **sizes})
+    network = M2OSTModule(len(GENES), **{**SIZES, "mlp_width": 16, "gate_width": 16, **sizes})
     history = {"train_loss": np.array([1.0, 0.5]), "val_loss": np.array([np.nan, np.nan])}
-    return FittedM2OST(network, GENES, np.array([1.0, 2, 3]), np.array([0.5, 1, 2]), history, {"field": 1.5})
+    return M2OST(network, GENES, np.array([1.0, 2, 3]), np.array([0.5, 1, 2]), history, {"field": 1.5})
 
 
 def spots(n: int = 7, levels: int = 2) -> np.ndarray:
@@ -30,8 +30,8 @@ def test_predictions_are_in_units_of_the_expression() -> None:
     model = fitted()
     predicted = model.predict(spots(), symmetries=False, batch_size=3, device="cpu", precision="32")
     with torch.inference_mode():
-        standardised = model.network(torch.from_numpy(spots())).numpy()
-    np.testing.assert_allclose(predicted, standardised * model.scale + model.mean, rtol=1e-4, atol=1e-5)
+        standardized = model.network(torch.from_numpy(spots())).numpy()
+    np.testing.assert_allclose(predicted, standardized * model.scale + model.mean, rtol=1e-4, atol=1e-5)
     assert predicted.dtype == np.float32
     assert not model.network.training
     bf16 = model.predict(spots(), symmetries=False, device="cpu", precision="bf16")
@@ -93,15 +93,15 @@ def test_unknown_precision() -> None:
 
 def test_checkpoint_of_the_authors(monkeypatch: pytest.MonkeyPatch) -> None:
     network = fitted().network
-    monkeypatch.setattr(M2OST, "from_authors", lambda state_dict: network)  # tested with the network
-    model = FittedM2OST.from_authors({}, GENES)
+    monkeypatch.setattr(M2OSTModule, "from_authors", lambda state_dict: network)  # tested with the network
+    model = M2OST.from_authors({}, GENES)
     with torch.inference_mode():
         expected = network(torch.from_numpy(spots())).numpy()
     predicted = model.predict(spots(), symmetries=False, device="cpu", precision="32")
     np.testing.assert_allclose(predicted, expected, rtol=1e-4, atol=1e-5)
     assert model.params == {"field": 1.54}
     with pytest.raises(ValueError, match="predicts 3 genes, but `genes` has 2 names"):
-        FittedM2OST.from_authors({}, GENES[:2])
+        M2OST.from_authors({}, GENES[:2])
 
 
 def test_what_it_says_of_itself() -> None:

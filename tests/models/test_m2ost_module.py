@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import linear, mse_loss, scaled_dot_product_attention
 
 from stpredict.models.m2ost import _authors, _blocks, _cpu
-from stpredict.models.m2ost._blocks import SelfAttention, attend, summarise
-from stpredict.models.m2ost._module import M2OST, PRESETS
+from stpredict.models.m2ost._blocks import SelfAttention, attend, summarize
+from stpredict.models.m2ost._module import PRESETS, M2OSTModule
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "m2ost_golden.json").read_text())["networks"]
 
@@ -62,9 +62,9 @@ def summary(gradient: Tensor) -> list[float]:
     return [values.norm().item(), (values @ torch.arange(1, values.numel() + 1).double().sin()).item()]
 
 
-def little(seed: int = 0, **sizes: Any) -> M2OST:
+def little(seed: int = 0, **sizes: Any) -> M2OSTModule:
     torch.manual_seed(seed)
-    return M2OST(5, **LITTLE | sizes)
+    return M2OSTModule(5, **LITTLE | sizes)
 
 
 def spots(n: int = 3, levels: int = 3, size: int = 32) -> Tensor:
@@ -77,14 +77,14 @@ def golden_weights(size: str, seed: str = "0") -> dict[str, Tensor]:
     return authors_weights(GOLDEN[size]["shapes"], int(seed))
 
 
-def golden_case(size: str, seed: str) -> tuple[M2OST, Tensor, Tensor, dict[str, Any]]:
+def golden_case(size: str, seed: str) -> tuple[M2OSTModule, Tensor, Tensor, dict[str, Any]]:
     golden = GOLDEN[size]
-    model = M2OST.from_authors(golden_weights(size, seed), head_width=golden["head_width"])
+    model = M2OSTModule.from_authors(golden_weights(size, seed), head_width=golden["head_width"])
     images, target = authors_batch(golden["n_spots"], golden["image_size"], golden["n_genes"], int(seed))
     return model, images, target, golden["seeds"][seed]
 
 
-def compare_gradients(model: M2OST, expected: dict[str, list[float]], tolerance: float) -> None:
+def compare_gradients(model: M2OSTModule, expected: dict[str, list[float]], tolerance: float) -> None:
     """Compare to within ``tolerance`` of each gradient's norm; what the authors keep in three tensors, part by part."""
     compared = set()
     for ours, theirs in _authors._names(model.config["depth"]).items():
@@ -127,17 +127,17 @@ def test_gradients_of_the_published_network() -> None:
 
 
 def test_published_size() -> None:
-    published = M2OST.from_preset("small", 250)
+    published = M2OSTModule.from_preset("small", 250)
     assert sum(p.numel() for p in published.parameters()) == 7_038_858
-    assert published.config == M2OST(250).config
-    from_authors = M2OST.from_authors(golden_weights("published"))
+    assert published.config == M2OSTModule(250).config
+    from_authors = M2OSTModule.from_authors(golden_weights("published"))
     assert from_authors.config == published.config
 
 
 def test_data_parallel_prefix_is_understood() -> None:
     weights = golden_weights("reduced")
-    plain = M2OST.from_authors(weights, head_width=8).state_dict()
-    prefixed = M2OST.from_authors({f"module.{k}": v for k, v in weights.items()}, head_width=8).state_dict()
+    plain = M2OSTModule.from_authors(weights, head_width=8).state_dict()
+    prefixed = M2OSTModule.from_authors({f"module.{k}": v for k, v in weights.items()}, head_width=8).state_dict()
     assert all(torch.equal(plain[name], prefixed[name]) for name in plain)
 
 
@@ -157,17 +157,17 @@ def test_foreign_and_damaged_weights_are_refused(damage, message: str) -> None:
     weights = golden_weights("reduced")
     damage(weights)
     with pytest.raises(ValueError, match=message):
-        M2OST.from_authors(weights, head_width=8)
+        M2OSTModule.from_authors(weights, head_width=8)
 
 
 def test_our_own_weights_are_not_the_authors() -> None:
     with pytest.raises(ValueError, match=r"stpredict.models.load reads"):
-        M2OST.from_authors(little().state_dict())
+        M2OSTModule.from_authors(little().state_dict())
 
 
 def test_head_width_of_the_authors_weights_is_asked_for() -> None:
     with pytest.raises(ValueError, match=r"24 and 24 channels cannot be split into heads of head_width=64"):
-        M2OST.from_authors(golden_weights("reduced"))
+        M2OSTModule.from_authors(golden_weights("reduced"))
 
 
 # Input
@@ -248,17 +248,17 @@ def test_sizes_that_cannot_be_built(sizes: dict[str, Any], message: str) -> None
 
 def test_presets() -> None:
     with torch.device("meta"):
-        sizes = [sum(p.numel() for p in M2OST.from_preset(name, 250).parameters()) for name in PRESETS]
+        sizes = [sum(p.numel() for p in M2OSTModule.from_preset(name, 250).parameters()) for name in PRESETS]
     assert sizes == sorted(sizes)
-    assert M2OST.from_preset("tiny", 4, levels=2, dropout=0.1).config["levels"] == 2
+    assert M2OSTModule.from_preset("tiny", 4, levels=2, dropout=0.1).config["levels"] == 2
     with pytest.raises(ValueError, match="no preset 'huge'.*'tiny', 'small', 'base', 'large'"):
-        M2OST.from_preset("huge", 4)
+        M2OSTModule.from_preset("huge", 4)
 
 
 def test_weights_and_config_survive_storage(tmp_path: Path) -> None:
     model = little(cross_heads=2, dropout=0.1, mask_ratio=0.25).eval()
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    again = M2OST(**json.loads(json.dumps(model.config))).eval()
+    again = M2OSTModule(**json.loads(json.dumps(model.config))).eval()
     again.load_state_dict(load_file(tmp_path / "weights.safetensors"))
     assert again.config == model.config
     assert torch.equal(again(spots()), model(spots()))
@@ -317,7 +317,7 @@ def test_attention_is_torchs(short: bool, monkeypatch: pytest.MonkeyPatch) -> No
     q, k, v = torch.randn(3, 4, 2, 7, 8, generator=torch.Generator().manual_seed(0))
     k, v = k[:, :, :5], v[:, :, :5]
     fused = scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    expected = summarise(fused) if short else fused
+    expected = summarize(fused) if short else fused
     torch.testing.assert_close(attend(q, k, v, summary=short), expected)
     monkeypatch.setattr(_blocks, "AMX", False)
     by_hand = attend(q.bfloat16(), k.bfloat16(), v.bfloat16(), summary=short)
@@ -354,7 +354,7 @@ def test_onednn_linear_map_is_torchs() -> None:
 @pytest.mark.parametrize("fused", [False, True])
 def test_bfloat16_stays_close_to_float32(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_blocks, "AMX", fused)
-    model = M2OST.from_authors(golden_weights("reduced"), head_width=8).eval()
+    model = M2OSTModule.from_authors(golden_weights("reduced"), head_width=8).eval()
     images, _ = authors_batch(3, 64, 7, 0)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         output = model(images)

@@ -11,7 +11,7 @@ from scipy.optimize import minimize
 
 from stpredict.models import NSL, _device, _nsl_solver, nsl
 from stpredict.models._device import resolve_device
-from stpredict.models.nsl._solver import ColorFractions, merge_rare_colours
+from stpredict.models.nsl._solver import ColorFractions, merge_rare_colors
 from stpredict.models.nsl._stains import RUIFROK_JOHNSTON, stain_matrix
 
 REFERENCE = stain_matrix(RUIFROK_JOHNSTON)
@@ -52,7 +52,7 @@ def make_problem(
     seed: int = 0,
     *,
     n_spots: int = 100,
-    n_colours: int = 1500,
+    n_colors: int = 1500,
     n_genes: int = 4,
     n_kinds: int = 12,
     turn: float = 0.15,
@@ -60,10 +60,10 @@ def make_problem(
 ) -> Problem:
     """Spots that mix some kinds of tissue, each of which spreads over neighbouring colours."""
     rng = np.random.default_rng(seed)
-    loads = rng.gamma(1.5, 0.3, (n_colours, 2))
-    od = np.maximum(loads @ REFERENCE[:2] + rng.normal(0, 0.12, (n_colours, 3)), 0)
-    kinds = od[rng.choice(n_colours, n_kinds)]
-    share = np.exp(-((od[:, None] - kinds) ** 2).sum(-1) / 0.125) * rng.uniform(0, 1, (n_colours, n_kinds))
+    loads = rng.gamma(1.5, 0.3, (n_colors, 2))
+    od = np.maximum(loads @ REFERENCE[:2] + rng.normal(0, 0.12, (n_colors, 3)), 0)
+    kinds = od[rng.choice(n_colors, n_kinds)]
+    share = np.exp(-((od[:, None] - kinds) ** 2).sum(-1) / 0.125) * rng.uniform(0, 1, (n_colors, n_kinds))
     fractions = rng.dirichlet(np.full(n_kinds, 6 / n_kinds), n_spots) @ (share / share.sum(axis=0)).T
     stains = REFERENCE + rng.normal(0, turn, (n_genes, 3, 3))
     stains /= np.linalg.norm(stains, axis=2, keepdims=True)
@@ -127,7 +127,7 @@ def test_weights_intercept_and_loss_are_those_of_least_squares() -> None:
 @pytest.mark.parametrize("shared", [False, True])
 def test_gradient_agrees_with_finite_differences(shared: bool) -> None:
     # With a damping that drowns everything else, a step is the negative half gradient, divided by the damping.
-    problem = make_problem(5, n_spots=40, n_colours=300)
+    problem = make_problem(5, n_spots=40, n_colors=300)
     pull, damping, h = 0.1, 1e7, 1e-5
     rng = np.random.default_rng(1)
     start = REFERENCE + rng.normal(0, 0.1, (1 if shared else 4, 3, 3))
@@ -292,7 +292,7 @@ def test_what_does_not_converge_is_told() -> None:
     assert "4 genes" in repr(model)
 
 
-def test_a_colour_that_never_varies_gives_the_mean() -> None:
+def test_a_color_that_never_varies_gives_the_mean() -> None:
     fractions = np.tile([[0.5, 0.5]], (20, 1))
     od = np.array([[0.1, 0.2, 0.1], [0.5, 0.6, 0.2]])
     expression = np.random.default_rng(0).normal(2, 1, (20, 1))
@@ -382,18 +382,18 @@ def test_devices_that_are_none(device: str) -> None:
         resolve_device(device)
 
 
-def test_rare_colours_count_as_their_neighbours() -> None:
-    problem = make_problem(4, n_colours=1500)
-    fractions, od = merge_rare_colours(sparse.csr_matrix(problem.fractions), problem.od, at_most=400)
+def test_rare_colors_count_as_their_neighbors() -> None:
+    problem = make_problem(4, n_colors=1500)
+    fractions, od = merge_rare_colors(sparse.csr_matrix(problem.fractions), problem.od, at_most=400)
     assert fractions.shape == (100, 400)
     np.testing.assert_allclose(fractions.sum(axis=1), 1)
-    kept = {tuple(colour) for colour in od}
+    kept = {tuple(color) for color in od}
     heaviest = np.argsort(-problem.fractions.sum(axis=0))[:400]
-    assert kept == {tuple(colour) for colour in problem.od[heaviest]}
+    assert kept == {tuple(color) for color in problem.od[heaviest]}
     # No colour moves farther than to the nearest of those that were kept.
     moved = np.abs(fractions @ od - problem.fractions @ problem.od).max()
     distance = np.linalg.norm(problem.od[:, None] - od, axis=2).min(axis=1)
     assert moved <= (problem.fractions @ distance).max()
-    same_fractions, same_od = merge_rare_colours(sparse.csr_matrix(problem.fractions), problem.od, at_most=1500)
+    same_fractions, same_od = merge_rare_colors(sparse.csr_matrix(problem.fractions), problem.od, at_most=1500)
     assert same_od is problem.od
     assert same_fractions.shape == (100, 1500)

@@ -23,8 +23,8 @@ def data(n: int = 60, d: int = 20, seed: int = 0) -> tuple[np.ndarray, np.ndarra
     """Features of different scales, and genes that follow them from closely (g0) to not at all (g7)."""
     rng = np.random.default_rng(seed)
     features = rng.normal(3, 1, (n, d)) @ rng.normal(size=(d, d)) * rng.uniform(0.01, 100, d)
-    standardised = (features - features.mean(axis=0)) / features.std(axis=0)
-    signal = standardised @ rng.normal(size=(d, len(GENES))) * np.linspace(1, 0, len(GENES))
+    standardized = (features - features.mean(axis=0)) / features.std(axis=0)
+    signal = standardized @ rng.normal(size=(d, len(GENES))) * np.linspace(1, 0, len(GENES))
     return features, (5 + signal + rng.normal(size=signal.shape)).astype(np.float32)
 
 
@@ -68,15 +68,15 @@ def test_degrees_of_freedom_are_the_trace_of_the_hat_matrix() -> None:
 
 
 @pytest.mark.parametrize(("n", "d"), [(60, 20), (15, 40)])
-def test_generalised_cross_validation_by_hand(n: int, d: int) -> None:
+def test_generalized_cross_validation_by_hand(n: int, d: int) -> None:
     features, expression = data(n, d)
     x = StandardScaler().fit_transform(features)
     alphas = _PENALTIES * np.linalg.svd(x, compute_uv=False)[0] ** 2
-    centred = expression - expression.mean(axis=0, dtype=np.float64)
+    centered = expression - expression.mean(axis=0, dtype=np.float64)
     scores = []
     for alpha in alphas:
         left = alpha * np.linalg.inv(x @ x.T + alpha * np.eye(n))  # 1 - hat matrix
-        scores.append(n * ((left @ centred) ** 2).sum(axis=0) / (np.trace(left) - 1) ** 2)
+        scores.append(n * ((left @ centered) ** 2).sum(axis=0) / (np.trace(left) - 1) ** 2)
     found = fit(features, expression).alpha
     position = np.argmin(np.abs(alphas[:, None] - found), axis=0)
     np.testing.assert_allclose(found, alphas[position])

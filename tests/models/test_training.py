@@ -9,35 +9,35 @@ import pytest
 import torch
 
 from stpredict.models.m2ost import _training
-from stpredict.models.m2ost._module import M2OST
+from stpredict.models.m2ost._module import M2OSTModule
 from stpredict.models.m2ost._training import RECIPES, Data, NonFiniteLoss, augment, train
 
 QUIET = {"enable_progress_bar": False}
 RECIPE = replace(RECIPES["default"], max_epochs=3, batch_size=8, patience=None)
 
 
-def make_network(n_genes: int = 4, **overrides: Any) -> M2OST:
+def make_network(n_genes: int = 4, **overrides: Any) -> M2OSTModule:
     torch.manual_seed(0)
     sizes = {"levels": 2, "image_size": 32, "width": 16, "depth": 1, "heads": 2, "head_width": 8}
-    return M2OST(n_genes, **{**sizes, "mlp_width": 16, "gate_width": 16, **overrides})
+    return M2OSTModule(n_genes, **{**sizes, "mlp_width": 16, "gate_width": 16, **overrides})
 
 
 def make_data(n: int = 40, n_genes: int = 4) -> Data:
     """Expression that follows how red a patch is (not how dark: the network normalises each token's pixels)."""
     rng = np.random.default_rng(0)
     red = rng.uniform(-60, 60, n)
-    colour = 128 + red[:, None] * np.array([1, 0, -1])
+    color = 128 + red[:, None] * np.array([1, 0, -1])
     noise = rng.normal(0, 10, (n, 2, 3, 32, 32))
-    patches = np.clip(colour[:, None, :, None, None] + noise, 0, 255).astype(np.uint8)
+    patches = np.clip(color[:, None, :, None, None] + noise, 0, 255).astype(np.uint8)
     targets = np.repeat(((red - red.mean()) / red.std())[:, None], n_genes, axis=1).astype(np.float32)
     return Data(patches, targets, np.arange(n - 10), np.arange(n - 10, n))
 
 
-def weights(network: M2OST) -> torch.Tensor:
+def weights(network: M2OSTModule) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in network.parameters()])
 
 
-def fit(data: Data, recipe: _training.Recipe = RECIPE, **kwargs: Any) -> tuple[M2OST, dict[str, np.ndarray]]:
+def fit(data: Data, recipe: _training.Recipe = RECIPE, **kwargs: Any) -> tuple[M2OSTModule, dict[str, np.ndarray]]:
     options: dict[str, Any] = {"random_state": 0, "device": "cpu", "precision": "32", "trainer_kwargs": QUIET}
     return train(make_network(), data, recipe, **{**options, **kwargs})
 

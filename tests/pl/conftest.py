@@ -79,7 +79,7 @@ def make_scores() -> Callable[..., pd.DataFrame]:
 def _make_scores(n_genes: int = 30, *, models: Sequence[str] = ("nsl", "m2ost")) -> pd.DataFrame:
     rng = np.random.default_rng(0)
     level = {"mean of training spots": np.nan, "mean of held-out section (oracle)": np.nan, "position": 0.1}
-    level |= {"ridge on mean OD": 0.15, "ridge on colour statistics": 0.19}
+    level |= {"ridge on mean OD": 0.15, "ridge on color statistics": 0.19}
     baselines = list(level)
     level |= {model: 0.2 + 0.03 * i for i, model in enumerate(models)}
     genes = [f"gene{i}" for i in range(n_genes)]

@@ -42,7 +42,7 @@ def _bars(axes: np.ndarray) -> list[Axes]:
     return [ax for ax in axes.flat[0].figure.axes if ax not in axes.ravel().tolist()]
 
 
-def _assert_colours(ax: Axes, values: np.ndarray, norm: Normalize, cmap: str = "viridis") -> None:
+def _assert_colors(ax: Axes, values: np.ndarray, norm: Normalize, cmap: str = "viridis") -> None:
     (spots,) = _spots(ax)
     np.testing.assert_allclose(_faces(spots), mpl.colormaps[cmap](norm(values)))
 
@@ -52,7 +52,7 @@ def _shared_norm(table: AnnData) -> Normalize:
     return Normalize(min(end[0] for end in ends), max(end[1] for end in ends))
 
 
-def test_a_row_for_each_section_and_one_colour_scale(predicted_sdata: MakeSData) -> None:
+def test_a_row_for_each_section_and_one_color_scale(predicted_sdata: MakeSData) -> None:
     sdata = predicted_sdata()
     axes = stp.pl.expression(sdata, GENE)
     assert axes.shape == (2, 2)
@@ -60,7 +60,7 @@ def test_a_row_for_each_section_and_one_colour_scale(predicted_sdata: MakeSData)
     norm = _shared_norm(table)
     for name, row in zip("AB", axes, strict=True):
         for layer, ax in zip((None, "nsl"), row, strict=True):
-            _assert_colours(ax, _values(table, name, layer), norm)
+            _assert_colors(ax, _values(table, name, layer), norm)
     (bar,) = _bars(axes)
     assert bar.get_ylabel() == f"{GENE} expression"
     mappable = bar._colorbar  # type: ignore[attr-defined]
@@ -68,15 +68,15 @@ def test_a_row_for_each_section_and_one_colour_scale(predicted_sdata: MakeSData)
     assert mappable.extend == "both"
 
 
-def test_every_spot_has_its_own_colour(predicted_sdata: MakeSData) -> None:
+def test_every_spot_has_its_own_color(predicted_sdata: MakeSData) -> None:
     sdata = predicted_sdata()
     table = sdata["table"]
     norm = Normalize(0, 5)
     (spots,) = _spots(stp.pl.expression(sdata, GENE, sections="B", vmin=0, vmax=5)[0, 1])
-    for path, colour in zip(spots.get_paths(), _faces(spots), strict=True):
+    for path, color in zip(spots.get_paths(), _faces(spots), strict=True):
         x, y = path.get_extents().get_points().mean(axis=0) / 0.5  # to pixels
         spot = f"B{round((y - 50) / 40) * 8 + round((x - 60) / 40)}"
-        np.testing.assert_allclose(colour, mpl.colormaps["viridis"](norm(table[spot, GENE].layers["nsl"].item())))
+        np.testing.assert_allclose(color, mpl.colormaps["viridis"](norm(table[spot, GENE].layers["nsl"].item())))
 
 
 def test_each_panel_its_own_scale(predicted_sdata: MakeSData) -> None:
@@ -85,14 +85,14 @@ def test_each_panel_its_own_scale(predicted_sdata: MakeSData) -> None:
     for name, row in zip("AB", axes, strict=True):
         for layer, ax in zip((None, "nsl"), row, strict=True):
             values = _values(sdata["table"], name, layer)
-            _assert_colours(ax, values, Normalize(*np.percentile(values, (5, 95))), "magma")
+            _assert_colors(ax, values, Normalize(*np.percentile(values, (5, 95))), "magma")
     assert len(_bars(axes)) == 4
 
 
 def test_given_ends_of_the_scale(predicted_sdata: MakeSData) -> None:
     sdata = predicted_sdata()
     axes = stp.pl.expression(sdata, GENE, sections="A", vmin=0, vmax=100)
-    _assert_colours(axes[0, 0], _values(sdata["table"], "A", None), Normalize(0, 100))
+    _assert_colors(axes[0, 0], _values(sdata["table"], "A", None), Normalize(0, 100))
     assert _bars(axes)[0]._colorbar.extend == "neither"  # type: ignore[attr-defined]
 
 
@@ -117,7 +117,7 @@ def test_negative_and_undefined_pcc(predicted_sdata: MakeSData) -> None:
     table.layers["nsl"][:, j] = 2
     axes = stp.pl.expression(sdata, GENE, sections="A", shared_scale=False)
     assert axes[0, 1].get_title().endswith("PCC undefined")
-    _assert_colours(axes[0, 1], np.full(48, 2.0), Normalize(2, 3))
+    _assert_colors(axes[0, 1], np.full(48, 2.0), Normalize(2, 3))
 
 
 def test_noise_ceiling_beside_the_pcc(predicted_sdata: MakeSData) -> None:
@@ -172,7 +172,7 @@ def test_held_out_is_only_said_when_it_is_known(
 def test_a_layer_that_no_model_wrote_claims_nothing(predicted_sdata: MakeSData) -> None:
     sdata = predicted_sdata()
     sdata["table"].layers["truth"] = sdata["table"].layers["nsl"]
-    title = stp.pl.expression(sdata, GENE, layer="truth", sections="B")[0, 1].get_title()
+    title = stp.pl.expression(sdata, GENE, key="truth", sections="B")[0, 1].get_title()
     assert title.split("\n")[1].startswith("PCC")
 
 
@@ -222,9 +222,9 @@ def test_measured_is_what_was_fitted_to(predicted_sdata: MakeSData) -> None:
     table.layers["logged"] = table.X + 10
     table.uns["nsl"]["params"]["layer"] = "logged"
     chosen = stp.pl.expression(sdata, GENE, sections="A", vmin=0, vmax=20)
-    _assert_colours(chosen[0, 0], _values(table, "A", "logged"), Normalize(0, 20))
-    asked = stp.pl.expression(sdata, GENE, sections="A", measured_layer="X", vmin=0, vmax=20)
-    _assert_colours(asked[0, 0], _values(table, "A", None), Normalize(0, 20))
+    _assert_colors(chosen[0, 0], _values(table, "A", "logged"), Normalize(0, 20))
+    asked = stp.pl.expression(sdata, GENE, sections="A", layer="X", vmin=0, vmax=20)
+    _assert_colors(asked[0, 0], _values(table, "A", None), Normalize(0, 20))
 
 
 def test_sections_are_chosen_by_name_or_key_in_the_order_given(predicted_sdata: MakeSData) -> None:
@@ -314,13 +314,13 @@ def test_after_a_round_trip_through_zarr(predicted_sdata: MakeSData, tmp_path: P
 def test_errors_say_what_there_is(predicted_sdata: MakeSData) -> None:
     sdata = predicted_sdata()
     with pytest.raises(KeyError, match=r"No predictions 'm2ost' in `layers`; it has \['nsl'\].*stp.tl.fit_nsl"):
-        stp.pl.expression(sdata, GENE, layer="m2ost")
+        stp.pl.expression(sdata, GENE, key="m2ost")
     with pytest.raises(KeyError, match="No gene 'erbb2' in `var_names`; it has 4, such as .*'ERBB2'"):
         stp.pl.expression(sdata, "erbb2")
     with pytest.raises(ValueError, match=r"'other' is in the table but was not modelled.*3 genes, such as \['ACTB'"):
         stp.pl.expression(sdata, "other")
     with pytest.raises(KeyError, match=r"No measured expression 'raw'; the table has \['X', 'nsl'\]"):
-        stp.pl.expression(sdata, GENE, measured_layer="raw")
+        stp.pl.expression(sdata, GENE, layer="raw")
     with pytest.raises(KeyError, match=r"`sections` is \['C'\]; expected one or more of \['A', 'B'\]"):
         stp.pl.expression(sdata, GENE, sections="C")
     with pytest.raises(TypeError, match="Expected a SpatialData, got AnnData"):

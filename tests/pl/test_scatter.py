@@ -93,7 +93,7 @@ def test_a_model_fitted_to_all_spots_is_drawn_as_a_training_fit(predicted_sdata:
     assert note(ax).startswith("training fit · mean PCC")
 
 
-def test_points_have_the_colour_of_their_section(predicted_sdata: MakeSData) -> None:
+def test_points_have_the_color_of_their_section(predicted_sdata: MakeSData) -> None:
     sdata = predicted_sdata()
     (ax,) = stp.pl.scatter(sdata, "ERBB2", spots="all")
     colors = legend(ax)
@@ -105,7 +105,7 @@ def test_points_have_the_colour_of_their_section(predicted_sdata: MakeSData) -> 
         np.testing.assert_allclose(np.sort(drawn), np.sort(predicted), rtol=1e-6)
 
 
-def test_colours_by_other_columns(predicted_sdata: MakeSData) -> None:
+def test_colors_by_other_columns(predicted_sdata: MakeSData) -> None:
     sdata = predicted_sdata()
     obs = sdata["table"].obs
     obs["kind"] = np.where(np.arange(96) % 2 == 0, "tumour", "stroma")
@@ -201,7 +201,7 @@ def test_errors_say_what_there_is(predicted_sdata: MakeSData) -> None:
     sdata = predicted_sdata()
     table = sdata["table"]
     with pytest.raises(KeyError, match=r"No predictions 'm2ost' in `layers`; it has \['nsl'\]"):
-        stp.pl.scatter(sdata, "ERBB2", layer="m2ost")
+        stp.pl.scatter(sdata, "ERBB2", key="m2ost")
     with pytest.raises(KeyError, match="No gene 'erbb2' in `var_names`"):
         stp.pl.scatter(sdata, ["ACTB", "erbb2"])
     with pytest.raises(ValueError, match="`genes` is empty; expected one or more of `var_names`"):
@@ -209,7 +209,7 @@ def test_errors_say_what_there_is(predicted_sdata: MakeSData) -> None:
     with pytest.raises(ValueError, match="'other' is in the table but was not modelled"):
         stp.pl.scatter(sdata, "other")
     with pytest.raises(KeyError, match=r"No measured expression 'raw'; the table has \['X', 'nsl'\]"):
-        stp.pl.scatter(sdata, "ERBB2", measured_layer="raw")
+        stp.pl.scatter(sdata, "ERBB2", layer="raw")
     with pytest.raises(
         KeyError, match=r"No column 'kind' in `obs`; it has \['section', 'region', 'spot_id', 'train'\]"
     ):

@@ -16,7 +16,7 @@ BASELINES = [
     "mean of held-out section (oracle)",
     "position",
     "ridge on mean OD",
-    "ridge on colour statistics",
+    "ridge on color statistics",
 ]
 
 
@@ -48,7 +48,7 @@ def test_baselines_come_first_unless_models_are_named(make_scores: MakeScores) -
 
 
 def test_center_and_interval_are_those_of_the_summary(make_scores: MakeScores) -> None:
-    scores = make_scores().assign(q_value=np.nan)
+    scores = make_scores().assign(pvals_adj=np.nan)
     summary = stp.tl.summarize(scores)
     for model in read(scores):
         row = summary.loc[model.name]
@@ -96,10 +96,10 @@ def test_frames_with_and_without_baselines_together(make_scores: MakeScores) -> 
 
 def test_what_has_to_be_beaten(make_scores: MakeScores) -> None:
     scores = make_scores()
-    assert names(references(read(scores), "pcc", "gene")) == ["position", "ridge on colour statistics"]
+    assert names(references(read(scores), "pcc", "gene")) == ["position", "ridge on color statistics"]
     # Of spots, what gene means alone reach, although the position does better; an oracle is out of competition.
     of_spots = read(scores, of="spot")
-    assert names(references(of_spots, "pcc", "spot")) == ["mean of training spots", "ridge on colour statistics"]
+    assert names(references(of_spots, "pcc", "spot")) == ["mean of training spots", "ridge on color statistics"]
     assert references(read(scores, models=["nsl", "m2ost"]), "pcc", "gene") == []
     low = read(scores, metric="rmse")
     blind, seeing = references(low, "rmse", "gene")

@@ -61,7 +61,7 @@ def test_a_point_for_each_gene_at_its_mean_over_sections(make_scores: MakeScores
     scores = make_scores()
     ax = stp.pl.scores(scores)
     drawn = points(ax)
-    models = ["position", "ridge on mean OD", "ridge on colour statistics", "nsl", "m2ost"]
+    models = ["position", "ridge on mean OD", "ridge on color statistics", "nsl", "m2ost"]
     for line, model in zip(drawn, models, strict=True):
         np.testing.assert_allclose(np.sort(x_of(line)), np.sort(of_genes(scores, model)))
     assert [line.get_color() for line in drawn] == [BASELINE] * 3 + list(PALETTE[:2])
@@ -70,7 +70,7 @@ def test_a_point_for_each_gene_at_its_mean_over_sections(make_scores: MakeScores
 
 def test_medians_and_intervals_are_printed(make_scores: MakeScores) -> None:
     scores = make_scores()
-    summary = stp.tl.summarize(scores.assign(q_value=np.nan))
+    summary = stp.tl.summarize(scores.assign(pvals_adj=np.nan))
     ax = stp.pl.scores(scores)
     for model in ("position", "nsl", "m2ost"):
         value, low, high = summary.loc[model, ["pcc", "pcc_low", "pcc_high"]]
@@ -106,14 +106,14 @@ def test_what_has_to_be_beaten_and_the_ceiling_go_across(make_scores: MakeScores
     at = [x_of(line)[0] for line in across]
     each = pd.concat([of_genes(scores, "nsl", section, "ceiling") for section in ("C2", "C3", "D1", "D2")], axis=1)
     ceiling = each.mean(axis=1)
-    expected = [center(scores, "position"), center(scores, "ridge on colour statistics"), float(ceiling.median()), 0.0]
+    expected = [center(scores, "position"), center(scores, "ridge on color statistics"), float(ceiling.median()), 0.0]
     np.testing.assert_allclose(np.sort(at), np.sort(expected))
     (band,) = [patch for patch in ax.patches if to_rgba(CEILING) == patch.get_facecolor()]
     ends = ax.transData.inverted().transform(band.get_window_extent())
     np.testing.assert_allclose(ends[:, 0], ceiling.quantile([0.25, 0.75]))
     assert legend(ax)[1:] == [
         "position (median)",
-        "ridge on colour statistics (median)",
+        "ridge on color statistics (median)",
         f"noise ceiling {ceiling.median():.2f} (median, quartiles)",
     ]
     assert not stp.pl.scores(scores.assign(ceiling=np.nan)).patches
@@ -144,7 +144,7 @@ def test_genes_of_interest_are_marked_in_all_rows(make_scores: MakeScores) -> No
     ax = stp.pl.scores(scores, genes=["gene3", "gene5"])
     for gene, marker in (("gene3", "o"), ("gene5", "s")):
         (line,) = lines(ax, marker, "black")
-        models = ["position", "ridge on mean OD", "ridge on colour statistics", "nsl", "m2ost"]
+        models = ["position", "ridge on mean OD", "ridge on color statistics", "nsl", "m2ost"]
         assert list(x_of(line)) == pytest.approx([of_genes(scores, model)[gene] for model in models])
         assert (np.diff(y_of(line)) > 0).all()
 
@@ -210,7 +210,7 @@ def test_spots(make_scores: MakeScores) -> None:
     np.testing.assert_allclose(np.sort(x_of(points(ax)[0])), np.sort(rows["pcc"]))
     assert len(points(ax)) == 7
     assert ax.get_xlabel() == "per-spot PCC on held-out spots\n(4 sections)"
-    assert legend(ax)[1:] == ["mean of training spots: gene means alone", "ridge on colour statistics (median)"]
+    assert legend(ax)[1:] == ["mean of training spots: gene means alone", "ridge on color statistics (median)"]
     assert not ax.patches
 
 
@@ -220,7 +220,7 @@ def test_ranks(make_scores: MakeScores) -> None:
     assert legend(ax)[:5] == [f"{name} (no value)" for name in CONSTANTS] + [
         "position",
         "ridge on mean OD",
-        "ridge on colour statistics",
+        "ridge on color statistics",
     ]
     drawn = {str(line.get_label()): line for line in ax.lines if len(x_of(line)) == 30}
     assert len(drawn) == 10
@@ -242,7 +242,7 @@ def test_sections(make_scores: MakeScores) -> None:
     values = np.asarray(image.get_array().filled(np.nan))  # type: ignore[union-attr]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["C2", "C3", "D1", "D2", "mean"]
     models = [label.get_text() for label in ax.get_yticklabels()]
-    assert models == [*CONSTANTS, "position", "ridge on mean OD", "ridge on colour statistics", "nsl", "m2ost"]
+    assert models == [*CONSTANTS, "position", "ridge on mean OD", "ridge on color statistics", "nsl", "m2ost"]
     assert np.isnan(values[:2]).all()
     assert values[5, 2] == pytest.approx(of_genes(scores, "nsl", "D1").median())
     assert values[5, 4] == pytest.approx(center(scores, "nsl"))

@@ -27,8 +27,8 @@ def _texts(ax: Axes) -> list[str]:
 
 def _swatches(ax: Axes) -> np.ndarray:
     """``(3, 2, 3)``: hematoxylin, eosin, residual; learned and reference; RGB."""
-    colours = [patch.get_facecolor()[:3] for patch in ax.patches if isinstance(patch, Rectangle)]
-    return np.array(colours).reshape(3, 2, 3)
+    colors = [patch.get_facecolor()[:3] for patch in ax.patches if isinstance(patch, Rectangle)]
+    return np.array(colors).reshape(3, 2, 3)
 
 
 def test_a_row_for_each_gene(predicted_sdata: MakeSData) -> None:

@@ -16,7 +16,7 @@ TO_WORLD = np.array([[0.1, -0.5, 900.0], [0.5, 0.1, -40.0], [0, 0, 1]])
 SIZE = 2048
 
 
-def _coordinates_as_colours(dtype: str = "uint8") -> np.ndarray:
+def _coordinates_as_colors(dtype: str = "uint8") -> np.ndarray:
     """Red grows with x, green with y, in steps of 8 pixels."""
     x = np.broadcast_to(np.arange(SIZE) // 8, (SIZE, SIZE))
     rgb = np.stack([x, x.T, np.full_like(x, 7)]).astype(np.uint8)
@@ -34,7 +34,7 @@ def _sdata(pixels: da.Array | np.ndarray, **image: object) -> SpatialData:
     )
 
 
-def _colour_at(tissue: xr.DataArray, world: np.ndarray) -> np.ndarray:
+def _color_at(tissue: xr.DataArray, world: np.ndarray) -> np.ndarray:
     to_world = get_transformation(tissue, "w").to_affine_matrix(("x", "y"), ("x", "y"))
     x, y, _ = np.linalg.solve(to_world, [*world, 1])
     return tissue.to_numpy()[:, int(y), int(x)]
@@ -50,26 +50,26 @@ def _colour_at(tissue: xr.DataArray, world: np.ndarray) -> np.ndarray:
     ],
 )
 def test_every_spot_lies_on_its_pixels(dtype: str, image: dict[str, object]) -> None:
-    sdata = _sdata(_coordinates_as_colours(dtype), **image)
+    sdata = _sdata(_coordinates_as_colors(dtype), **image)
     (section,) = read_sections(sdata, None)
     view = view_of_spots(section, sdata.images["image"], 0.1)
     tissue = tissue_in_view(section, sdata.images["image"], view)
     assert tissue.dtype == np.uint8
     assert 500 < max(tissue.shape) < SIZE
     for x, y in section.centers:
-        colour = _colour_at(tissue, TO_WORLD[:2, :2] @ (x, y) + TO_WORLD[:2, 2])
-        np.testing.assert_allclose(colour, [x // 8, y // 8, 7], atol=1)
+        color = _color_at(tissue, TO_WORLD[:2, :2] @ (x, y) + TO_WORLD[:2, 2])
+        np.testing.assert_allclose(color, [x // 8, y // 8, 7], atol=1)
 
 
 def test_channels_are_put_in_order() -> None:
-    sdata = _sdata(_coordinates_as_colours()[::-1], c_coords=["b", "g", "r"])
+    sdata = _sdata(_coordinates_as_colors()[::-1], c_coords=["b", "g", "r"])
     (section,) = read_sections(sdata, None)
     tissue = tissue_in_view(section, sdata.images["image"], view_of_spots(section, sdata.images["image"], 0))
     assert (tissue.sel(c="b") == 7).all()
 
 
 def test_view_holds_the_spots_some_room_and_a_footer() -> None:
-    sdata = _sdata(_coordinates_as_colours())
+    sdata = _sdata(_coordinates_as_colors())
     (section,) = read_sections(sdata, None)
     scale = np.sqrt(np.linalg.det(TO_WORLD[:2, :2]))
     bare = view_of_spots(section, sdata.images["image"], 0)
@@ -87,7 +87,7 @@ def _ends(values: np.ndarray, room: float) -> tuple[float, float]:
 
 
 def test_the_coarsest_level_that_is_sharp_enough_is_read() -> None:
-    sdata = _sdata(_coordinates_as_colours(), scale_factors=[2, 2])
+    sdata = _sdata(_coordinates_as_colors(), scale_factors=[2, 2])
     image = sdata.images["image"]
     for scale in ("scale0", "scale2"):  # of 2048 and 512 pixels; the view is most of the image
         image[scale]["image"] = image[scale]["image"].copy(data=da.zeros_like(image[scale]["image"].data))
@@ -103,7 +103,7 @@ def test_only_the_view_is_read() -> None:
         read.append(block_info[0]["chunk-location"])
         return block
 
-    pixels = da.from_array(_coordinates_as_colours(), chunks=(3, 256, 256)).map_blocks(note, dtype=np.uint8)
+    pixels = da.from_array(_coordinates_as_colors(), chunks=(3, 256, 256)).map_blocks(note, dtype=np.uint8)
     sdata = _sdata(pixels)
     sdata.shapes["spots"] = ShapesModel.parse(
         np.array([[700.0, 900.0], [720, 900]]),

@@ -144,7 +144,7 @@ def test_one_page_is_decoded_once() -> None:
     assert len(reads) == 1
 
 
-def test_chunks_that_only_neighbours_share_do_not_join_bands() -> None:
+def test_chunks_that_only_neighbors_share_do_not_join_bands() -> None:
     image = make_image()
     pixels = (da.from_array(image, chunks=(3, 50, 60)) * 1).rechunk((3, 64, 64))
     assert len(list(bands(make_section(pixels), make_boxes(100), rows=64))) > 3

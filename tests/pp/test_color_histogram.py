@@ -71,40 +71,40 @@ def test_every_pixel_of_the_ellipse_and_no_other(
     for row, spot_id in enumerate(sdata["table"].obs["spot_id"]):
         spot = sdata["A_spots"].loc[spot_id]
         center = np.array([spot.geometry.x, spot.geometry.y])
-        colours, n_whole = pixels_under(image, center, 1.7 * spot["radius"], to_pixels)
-        expected = Counter(map(tuple, (colours >> 2 << 2).tolist()))
+        colors, n_whole = pixels_under(image, center, 1.7 * spot["radius"], to_pixels)
+        expected = Counter(map(tuple, (colors >> 2 << 2).tolist()))
         of_row = histogram.counts[row]
         found = {
             tuple(histogram.codebook[k].tolist()): int(n) for k, n in zip(of_row.indices, of_row.data, strict=True)
         }
         assert found == expected
-        od = -np.log((colours.astype(float) + 1) / 256)
+        od = -np.log((colors.astype(float) + 1) / 256)
         np.testing.assert_allclose(histogram.mean_od[row], od.mean(axis=0), rtol=0, atol=1e-9)
-        assert histogram.coverage[row] == len(colours) / n_whole
-        n_cut += len(colours) < n_whole
+        assert histogram.coverage[row] == len(colors) / n_whole
+        n_cut += len(colors) < n_whole
     assert n_cut  # some are cut by the border
 
 
 @pytest.mark.parametrize("image_at", NAMES)
-def test_each_spot_has_the_colour_that_was_painted_under_it(
+def test_each_spot_has_the_color_that_was_painted_under_it(
     make_sdata: MakeSData, placements: Placements, new_image: Callable[..., Any], image_at: str
 ) -> None:
     sdata = make_sdata(image_at=image_at, shapes_at="sequence", instances="str")
     to_pixels = np.linalg.inv(placements[image_at][1]) @ placements["sequence"][1]
     canvas = np.zeros((3, 290, 330), dtype=np.uint8)
     y, x = np.mgrid[:290, :330] + 0.5
-    colour = {}
+    color = {}
     for k, (name, spot) in enumerate(sdata["A_spots"].iterrows()):
         center = (to_pixels @ [spot.geometry.x, spot.geometry.y, 1])[:2]
-        colour[name] = np.array([7 * k + 9, 255 - 7 * k, (53 * k) % 256])
+        color[name] = np.array([7 * k + 9, 255 - 7 * k, (53 * k) % 256])
         near = np.hypot(x - center[0], y - center[1]) < 24  # larger than any ellipse, smaller than half the distance
-        canvas[:, near] = colour[name][:, None]
+        canvas[:, near] = color[name][:, None]
     sdata["A_image"] = new_image(canvas, {"A": placements[image_at][0]})
 
     histogram = count(sdata, bits=8, field=1.0)
     assert (np.diff(histogram.counts.indptr) == 1).all()
     np.testing.assert_array_equal(
-        histogram.codebook[histogram.counts.indices], [colour[name] for name in sdata["table"].obs["spot_id"]]
+        histogram.codebook[histogram.counts.indices], [color[name] for name in sdata["table"].obs["spot_id"]]
     )
 
 
@@ -123,7 +123,7 @@ def test_pixels_at_exactly_the_radius_belong_to_the_spot(new_image: Callable[...
     center = np.array([[75.5, 74.5]])
     one = np.array([1.0])
     section = Section("s", "i", "c", pixels, (0, 1, 2), np.eye(3), center, radius * one, np.array([0]), np.array([0]))
-    histogram = _histogram.histogram_of_rows([section], n_obs=1, bits=1, field=1.0)
+    histogram = _histogram.histogram_of_rows([section], n_obs=1, bits=1, spot_scale=1.0)
     dy, dx = np.mgrid[-80:81, -80:81]
     assert histogram.n_pixels[0] == (dx**2 + dy**2 <= radius**2).sum()
 
@@ -149,9 +149,9 @@ def test_five_bits_keep_the_mean_optical_density(make_sdata: MakeSData) -> None:
 def test_optical_density() -> None:
     assert optical_density(np.array(255)) == 0
     np.testing.assert_allclose(optical_density(np.array([0, 127])), [np.log(256), np.log(2)])
-    centres = np.array([[3.5, 131.5, 251.5]])
+    centers = np.array([[3.5, 131.5, 251.5]])
     found = codebook_od(np.array([[0, 128, 248]], dtype=np.uint8), 5)
-    np.testing.assert_allclose(found, -np.log((centres + 1) / 256))
+    np.testing.assert_allclose(found, -np.log((centers + 1) / 256))
 
 
 def test_field_is_in_spot_diameters(make_sdata: MakeSData) -> None:
@@ -336,7 +336,7 @@ def test_two_worker_processes_give_the_same_bits(
 def test_slots(make_sdata: MakeSData) -> None:
     sdata = make_sdata(2)
     table = sdata["table"]
-    assert stp.pp.color_histogram(sdata, bits=4, field=1.5) is None  # type: ignore[func-returns-value]
+    assert stp.pp.color_histogram(sdata, bits=4, spot_scale=1.5) is None  # type: ignore[func-returns-value]
     histogram = count(sdata, bits=4, field=1.5)
     written = table.obsm["color_histogram"]
     assert written.format == "csr"
@@ -372,7 +372,7 @@ def test_bits_out_of_range(make_sdata: MakeSData, bits: Any) -> None:
 @pytest.mark.parametrize("field", [0, -1.0, np.nan, np.inf])
 def test_field_out_of_range(make_sdata: MakeSData, field: float) -> None:
     with pytest.raises(ValueError, match=f"`field` is {field!r}; expected a positive number of spot diameters"):
-        stp.pp.color_histogram(make_sdata(), field=field)
+        stp.pp.color_histogram(make_sdata(), spot_scale=field)
 
 
 def test_failure_leaves_the_table_alone(make_sdata: MakeSData) -> None:
@@ -404,7 +404,7 @@ def test_compiled_and_plain_counting_agree() -> None:
         np.testing.assert_array_equal(compiled, plain)
 
 
-def test_room_for_colours_grows(new_image: Callable[..., Any]) -> None:
+def test_room_for_colors_grows(new_image: Callable[..., Any]) -> None:
     # One spot with more colours than the first guess has room for.
     rng = np.random.default_rng(0)
     rgb = rng.integers(0, 256, (3, 80, 80), dtype=np.uint8)

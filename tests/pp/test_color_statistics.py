@@ -69,13 +69,13 @@ def test_names_say_what_the_columns_are(make_sdata: MakeSData) -> None:
     assert list(found.columns[:3]) == ["red_mean_0.5", "red_sd_0.5", "red_decile1_0.5"]
     assert found.columns[-1] == "blue_decile9_2"
     assert (found["green_decile5_2"] >= found["green_decile4_2"]).all()
-    histogram = stp.pp.color_histogram(make_sdata(), field=2, inplace=False)
+    histogram = stp.pp.color_histogram(make_sdata(), spot_scale=2, inplace=False)
     assert histogram is not None
     means = found[["red_mean_2", "green_mean_2", "blue_mean_2"]]
     np.testing.assert_allclose(means, histogram.mean_od, rtol=0, atol=1e-6)
 
 
-def test_one_colour_has_no_spread(make_sdata: MakeSData, new_image: Callable[..., Any]) -> None:
+def test_one_color_has_no_spread(make_sdata: MakeSData, new_image: Callable[..., Any]) -> None:
     sdata = make_sdata()
     sdata["A_image"] = new_image(np.full((3, 290, 330), 99, dtype=np.uint8), {"A": Identity()})
     found = count(sdata).to_numpy().reshape(30, -1, 11)
@@ -166,7 +166,7 @@ def test_spots_smaller_than_a_pixel_are_named(make_sdata: MakeSData, log: io.Str
 def test_slots(make_sdata: MakeSData) -> None:
     sdata = make_sdata(2)
     table = sdata["table"]
-    assert stp.pp.color_statistics(sdata, fields=(1, 2.5)) is None
+    assert stp.pp.color_statistics(sdata, spot_scale=(1, 2.5)) is None
     found = count(sdata, fields=(1, 2.5))
     written = table.obsm["color_statistics"]
     assert written.dtype == np.float32
@@ -200,7 +200,7 @@ def test_not_in_place_and_failures_leave_the_table_alone(make_sdata: MakeSData) 
 @pytest.mark.parametrize("fields", [(), 2.0, (0, 1), (2, 1), (1, 1), (1, np.inf), (1, np.nan), "12", ("1",)])
 def test_fields_that_are_none(make_sdata: MakeSData, fields: Any) -> None:
     with pytest.raises(ValueError, match="`fields` is .*; expected ascending positive numbers of spot diameters"):
-        stp.pp.color_statistics(make_sdata(), fields=fields)
+        stp.pp.color_statistics(make_sdata(), spot_scale=fields)
 
 
 # What is taken from the table
@@ -208,14 +208,14 @@ def test_fields_that_are_none(make_sdata: MakeSData, fields: Any) -> None:
 
 def cached(sdata: SpatialData, fields: tuple[float, ...] = (1, 2)) -> np.ndarray:
     table = sdata["table"]
-    return cached_color_statistics(read_sections(sdata, table), table, fields=fields).values
+    return cached_color_statistics(read_sections(sdata, table), table, spot_scales=fields).values
 
 
 def test_statistics_of_the_same_image_are_taken_from_the_table(
     make_sdata: MakeSData, to_backed: Callable[[SpatialData, Path], SpatialData], tmp_path: Path
 ) -> None:
     sdata = make_sdata(2)
-    stp.pp.color_statistics(sdata, fields=(1, 2))
+    stp.pp.color_statistics(sdata, spot_scale=(1, 2))
     sdata["table"].obsm["color_statistics"][:] = 7
     assert (cached(to_backed(sdata, tmp_path / "slide.zarr")) == 7).all()
     assert (cached(sdata) == 7).all()
@@ -226,7 +226,7 @@ def test_statistics_of_the_same_image_are_taken_from_the_table(
 
 def test_statistics_of_other_images_are_made_anew(make_sdata: MakeSData) -> None:
     sdata = make_sdata()
-    stp.pp.color_statistics(sdata, fields=(1, 2))
+    stp.pp.color_statistics(sdata, spot_scale=(1, 2))
     sdata["table"].obsm["color_statistics"][:] = 7
     sdata["A_image"] = Image2DModel.parse(
         da.zeros((3, 290, 331), dtype=np.uint8), dims=("c", "y", "x"), transformations={"A": Identity()}
@@ -251,5 +251,5 @@ def test_compiled_and_plain_counting_agree() -> None:
     assert compiled[0].sum(axis=(1, 2)).all()
     od = -np.log((np.arange(256) + 1) / 256)
     np.testing.assert_allclose(
-        _statistics._summarise(compiled, od), _statistics._summarise.py_func(compiled, od), atol=1e-12
+        _statistics._summarize(compiled, od), _statistics._summarize.py_func(compiled, od), atol=1e-12
     )

@@ -32,7 +32,9 @@ class Means(torch.nn.Module):
 
 def run(sdata: SpatialData, encoder: Any, image_size: int = 16) -> np.ndarray:
     table = sdata["table"]
-    return encode(read_sections(sdata, table), table.n_obs, encoder, image_size=image_size, field=1.0, device="cpu")
+    return encode(
+        read_sections(sdata, table), table.n_obs, encoder, image_size=image_size, spot_scale=1.0, device="cpu"
+    )
 
 
 def test_features_of_patches(make_sdata: MakeSData, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,7 +42,7 @@ def test_features_of_patches(make_sdata: MakeSData, monkeypatch: pytest.MonkeyPa
     sdata = make_sdata(2, n_without_row=2)
     encoder = Means()
     features = run(sdata, encoder)
-    with stp.pp.patches(sdata, levels=1, image_size=16, field=1.0) as patches:
+    with stp.pp.patches(sdata, levels=1, image_size=16, spot_scale=1.0) as patches:
         expected = 2 * patches[:][:, 0].mean(axis=(2, 3)) / 255
         np.testing.assert_array_equal(patches.rows, np.arange(56))
     np.testing.assert_allclose(features, expected, rtol=1e-5)

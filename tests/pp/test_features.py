@@ -11,13 +11,13 @@ from spatialdata import SpatialData
 
 import stpredict as stp
 from stpredict._data.slide import read_sections
-from stpredict.pp._features import Features, choose_sources, colour_cubes, needs_image, read_features, write_made
+from stpredict.pp._features import Features, choose_sources, color_cubes, needs_image, read_features, write_made
 
 MakeSData = Callable[..., SpatialData]
 
 
 def choose(sdata: SpatialData, features: Any) -> dict[str, dict[str, Any]]:
-    return choose_sources(sdata["table"], features, image_size=8, field=1.0)[0]
+    return choose_sources(sdata["table"], features, image_size=8, spot_scale=1.0)[0]
 
 
 def read(sdata: SpatialData, features: Any, **options: Any) -> Features:
@@ -25,7 +25,7 @@ def read(sdata: SpatialData, features: Any, **options: Any) -> Features:
     table = sdata["table"]
     sources, encoder = (features, None)
     if not isinstance(features, dict):
-        sources, encoder = choose_sources(table, features, image_size=8, field=1.0)
+        sources, encoder = choose_sources(table, features, image_size=8, spot_scale=1.0)
     sections = read_sections(sdata, table) if needs_image(sources) else []
     return read_features(
         sdata, table, sections, sources, **{"encoder": encoder, "shapes_key": None, "device": "cpu", **options}
@@ -53,14 +53,14 @@ def test_sources(sdata: SpatialData) -> None:
         "color_statistics": {"from": "color", "fields": [0.5, 1.0, 2.0, 3.0, 4.0, 6.0]}
     }
     assert choose(sdata, ("mean_od",)) == {"mean_od": {"from": "color", "bits": 5, "field": 2.0}}
-    sources, encoder = choose_sources(sdata["table"], ["X_uni", len], image_size=8, field=1.5)
+    sources, encoder = choose_sources(sdata["table"], ["X_uni", len], image_size=8, spot_scale=1.5)
     assert sources["encoder"] == {"from": "encoder", "image_size": 8, "field": 1.5}
     assert encoder is len
 
 
 def test_settings_of_what_the_table_holds_are_kept(sdata: SpatialData) -> None:
-    stp.pp.color_statistics(sdata, fields=(1, 2))
-    stp.pp.color_histogram(sdata, bits=4, field=1.5)
+    stp.pp.color_statistics(sdata, spot_scale=(1, 2))
+    stp.pp.color_histogram(sdata, bits=4, spot_scale=1.5)
     assert choose(sdata, "color_statistics")["color_statistics"]["fields"] == [1, 2]
     for name in ("mean_od", "color_histogram"):
         assert choose(sdata, name) == {name: {"from": "color", "bits": 4, "field": 1.5}}
@@ -115,7 +115,7 @@ def test_arrays_sparse_matrices_and_data_frames(sdata: SpatialData) -> None:
     assert table.obsm["X_uni"].any()
 
 
-def test_colours(sdata: SpatialData) -> None:
+def test_colors(sdata: SpatialData) -> None:
     statistics = stp.pp.color_statistics(sdata, inplace=False)
     histogram = stp.pp.color_histogram(sdata, inplace=False)
     assert statistics is not None
@@ -123,16 +123,16 @@ def test_colours(sdata: SpatialData) -> None:
     found = read(sdata, ["mean_od", "color_statistics", "color_histogram"])
     np.testing.assert_array_equal(found.values[:, :3], histogram.mean_od)
     np.testing.assert_array_equal(found.values[:, 3:201], statistics)
-    np.testing.assert_array_equal(found.values[:, 201:], colour_cubes(histogram))
+    np.testing.assert_array_equal(found.values[:, 201:], color_cubes(histogram))
     assert found.common_scale == [slice(201, 713)]
     assert set(found.made) == {"color_histogram", "color_statistics"}
 
 
-def test_colour_cubes_by_hand(sdata: SpatialData) -> None:
+def test_color_cubes_by_hand(sdata: SpatialData) -> None:
     for bits in (8, 5, 3):
         histogram = stp.pp.color_histogram(sdata, bits=bits, inplace=False)
         assert histogram is not None
-        cubes = colour_cubes(histogram)
+        cubes = color_cubes(histogram)
         assert cubes.shape == (60, 512)
         np.testing.assert_allclose((cubes**2).sum(axis=1), 1, rtol=1e-5)
         of_row = histogram.counts[7].toarray()[0]

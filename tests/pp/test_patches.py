@@ -53,7 +53,7 @@ def make_image(height: int = 300, width: int = 260, seed: int = 0) -> np.ndarray
 
 
 def cut(section: Section, image_size: int = 24, levels: int = 3, field: float = FIELD, **options: Any) -> Patches:
-    return extract([section], levels=levels, image_size=image_size, field=field, **options)
+    return extract([section], levels=levels, image_size=image_size, spot_scale=field, **options)
 
 
 def everything(made: Patches) -> np.ndarray:
@@ -111,7 +111,7 @@ def test_dots_are_found_at_every_level(
         images={"image": new_image(image, {"world": to_world})},
         shapes={"spots": ShapesModel.parse(xy, geometry=0, radius=radius, transformations={"world": from_shapes})},
     )
-    made = extract(read_sections(sdata, None), levels=level + 1, image_size=size, field=FIELD)
+    made = extract(read_sections(sdata, None), levels=level + 1, image_size=size, spot_scale=FIELD)
     assert len(made) == len(centers)
     expected = (dots - centers) / scale + size / 2
     column, row = np.mgrid[:size, :size][::-1] + 0.5
@@ -246,7 +246,7 @@ def test_each_patch_belongs_to_its_row(make_sdata: MakeSData) -> None:
     assert len(made) == 3 * 13
     assert (np.diff(made.rows) > 0).all()
     for section in read_sections(sdata, table):
-        alone = everything(extract([section], levels=3, image_size=16, field=1.54))
+        alone = everything(extract([section], levels=3, image_size=16, spot_scale=1.54))
         order = np.argsort(section.rows)
         np.testing.assert_array_equal(alone, made[np.searchsorted(made.rows, section.rows[order])])
         for i, (x, y) in enumerate(section.centers[order]):
@@ -471,7 +471,7 @@ def test_forgotten_patches_leave_no_file(
 
 def test_made_of_says_what_they_are_made_of(make_sdata: MakeSData) -> None:
     sdata = make_sdata(2)
-    made = patches(sdata, image_size=16, levels=2, field=1.25)
+    made = patches(sdata, image_size=16, levels=2, spot_scale=1.25)
     assert {key: made.made_of[key] for key in ("levels", "image_size", "field")} == {
         "levels": 2,
         "image_size": 16,

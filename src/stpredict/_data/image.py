@@ -84,8 +84,8 @@ def choose_image(
         )
         raise ValueError(f"All spots of {name!r} lie off the image ({sizes}). Check the transformations.")
     if image_key is None:
-        coloured = [c for c in under if full_resolution(sdata.images[c.image_key]).sizes["c"] in (3, 4)]
-        under = coloured or under
+        colored = [c for c in under if full_resolution(sdata.images[c.image_key]).sizes["c"] in (3, 4)]
+        under = colored or under
         # A finer image of a detail would leave the other spots without pixels.
         under = [c for c in under if 2 * c.n_on_image > max(other.n_on_image for other in under)]
     under.sort(key=lambda c: -c.pixels_per_unit)

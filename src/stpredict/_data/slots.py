@@ -214,8 +214,8 @@ _OF_GENES = (
     "variance_ratio",
     "moran_measured",
     "moran_predicted",
-    "pvalue",
-    "qvalue",
+    "pvals",
+    "pvals_adj",
     "predictable",
     "pcc_of_ceiling",
 )

@@ -139,7 +139,7 @@ def synthetic(n_sections: int = 2, *, n_spots: int = 500, n_genes: int = 80, ran
         images={f"{s.name}_image": multiscale_image(s.pixels, s.name) for s in sections},
         shapes={
             f"{s.name}_spots": ShapesModel.parse(
-                s.centres[:, ::-1], geometry=0, radius=_DIAMETER / 2, transformations={s.name: Identity()}
+                s.centers[:, ::-1], geometry=0, radius=_DIAMETER / 2, transformations={s.name: Identity()}
             )
             for s in sections
         },
@@ -160,7 +160,7 @@ class _Section:
     name: str
     pixels: NDArray[np.uint8]
     grid: NDArray[np.int64]  # (n, 2) row and column of each spot
-    centres: NDArray[np.floating]  # (n, 2) y and x in pixels
+    centers: NDArray[np.floating]  # (n, 2) y and x in pixels
     load: NDArray[np.float64]  # (n, 4)
     rate: NDArray[np.float64]  # (n, G) share of each gene among a spot's transcripts
     counts: NDArray[np.int64]  # (n, G)
@@ -209,16 +209,16 @@ def _make_genes(rng: np.random.Generator, n_genes: int) -> _Genes:
 def _make_section(rng: np.random.Generator, name: str, n_spots: int, genes: _Genes) -> _Section:
     side = int(np.ceil(np.sqrt(n_spots / _COVERED)))
     grid = np.indices((side, side)).reshape(2, -1).T
-    centres = _MARGIN + _PITCH * grid
+    centers = _MARGIN + _PITCH * grid
     n_pixels = int(2 * _MARGIN + _PITCH * (side - 1))
-    tissue = draw_tissue(rng, (n_pixels, n_pixels), centres, n_spots)
-    grid, centres = grid[tissue.covered], centres[tissue.covered]
+    tissue = draw_tissue(rng, (n_pixels, n_pixels), centers, n_spots)
+    grid, centers = grid[tissue.covered], centers[tissue.covered]
 
     tumour = tissue.concentration[:1] * tissue.nests
     blocks = tumour.reshape(1, n_pixels // _BLOCK, _BLOCK, n_pixels // _BLOCK, _BLOCK).mean((2, 4))
     ring = [d * _DIAMETER / 2 / _BLOCK for d in _SURROUNDINGS]
-    spot = _mean_around(tissue.concentration, centres, 0, _DIAMETER / 2)
-    load = np.hstack([spot, _mean_around(blocks, centres / _BLOCK, *ring)])
+    spot = _mean_around(tissue.concentration, centers, 0, _DIAMETER / 2)
+    load = np.hstack([spot, _mean_around(blocks, centers / _BLOCK, *ring)])
     rate = _rate(load, genes)
 
     stain_matrix = _STAIN_MATRIX + rng.normal(0, 0.015, (3, 3))
@@ -229,7 +229,7 @@ def _make_section(rng: np.random.Generator, name: str, n_spots: int, genes: _Gen
         name=name,
         pixels=_photograph(rng, intensity),
         grid=grid,
-        centres=centres,
+        centers=centers,
         load=load,
         rate=rate,
         counts=_count(rng, rate),
@@ -239,13 +239,13 @@ def _make_section(rng: np.random.Generator, name: str, n_spots: int, genes: _Gen
 
 
 def _mean_around(
-    maps: NDArray[np.float32], centres: NDArray[np.floating], inner: float, outer: float
+    maps: NDArray[np.float32], centers: NDArray[np.floating], inner: float, outer: float
 ) -> NDArray[np.float64]:
     """(n, channels) mean over the pixels whose centres are `inner` to `outer` away from each of the (y, x) centres."""
     reach = np.arange(-int(outer) - 1, int(outer) + 1)
     distance = np.hypot(reach[:, None] + 0.5, reach[None, :] + 0.5)
     dy, dx = reach[np.stack(np.nonzero((inner <= distance) & (distance <= outer)))]
-    y, x = centres.astype(np.int64).T
+    y, x = centers.astype(np.int64).T
     pixel = (y[:, None] + dy) * maps.shape[2] + x[:, None] + dx
     return np.stack([channel.ravel()[pixel].mean(1, dtype=float) for channel in maps], -1)
 

@@ -70,8 +70,8 @@ class _Plan:
         self.shape = shape
         coarse = (-(-shape[0] // _COARSE), -(-shape[1] // _COARSE))
 
-        def field(micrometres: float, *, banded: bool = False) -> Map:
-            return _field(rng, coarse, micrometres / MPP / _COARSE, banded=banded)
+        def field(micrometers: float, *, banded: bool = False) -> Map:
+            return _field(rng, coarse, micrometers / MPP / _COARSE, banded=banded)
 
         y, x = (np.linspace(-1, 1, n, dtype=np.float32) for n in coarse)
         squircle = (np.abs(y[:, None]) ** 3 + np.abs(x[None, :]) ** 3) ** (4 / 3)
@@ -109,7 +109,7 @@ def _fat(rng: np.random.Generator, plan: _Plan, nests: Map) -> tuple[Map, Map]:
 def _stroma(rng: np.random.Generator, plan: _Plan, nest_field: Map) -> tuple[Map, Map]:
     """Eosin of the collagen, and where it is whole (1) or has come apart (0): in rifts and around the nests."""
     angle = 0.5 * np.arctan2(plan.enlarge(plan.direction.imag), plan.enlarge(plan.direction.real))
-    fine, bundles = _fibres(rng, angle, 28, 1.8), _fibres(rng, angle, 90, 8)
+    fine, bundles = _fibers(rng, angle, 28, 1.8), _fibers(rng, angle, 90, 8)
     loose = plan.enlarge(plan.loose)
     rift = _edge(bundles + 0.35 * fine + 1.6 - 0.75 * loose, 0.35)
     rift *= 1 - np.exp(-(((nest_field + 0.22) / 0.12) ** 2)) * np.clip(0.3 + 0.4 * loose, 0, 0.8)
@@ -119,8 +119,8 @@ def _stroma(rng: np.random.Generator, plan: _Plan, nest_field: Map) -> tuple[Map
 
 def _nuclei(rng: np.random.Generator, plan: _Plan, nests: Map, solid: Map, fat: Map, rift: Map) -> Map:
     """Hematoxylin of the nuclei: large pale ones in nests, small dark lymphocytes, spindles along the fibres."""
-    centre = _strewn(rng, plan.shape, 10.5 / MPP)
-    here, coarse, n = _at(centre), _at(centre / _COARSE), len(centre)
+    center = _strewn(rng, plan.shape, 10.5 / MPP)
+    here, coarse, n = _at(center), _at(center / _COARSE), len(center)
     crowding = plan.crowding[coarse]
     stroma = (1 - nests[here]) * solid[here]
     tumour = nests[here] * solid[here] * 0.62 * np.exp(0.2 * crowding)
@@ -141,19 +141,19 @@ def _nuclei(rng: np.random.Generator, plan: _Plan, nests: Map, solid: Map, fat: 
     ):
         cell = (taken <= draw) & (draw < taken + density)
         taken += density
-        total += _ellipses(plan.shape, centre[cell], long[cell], short[cell], angle[cell], dye * amount[cell])
+        total += _ellipses(plan.shape, center[cell], long[cell], short[cell], angle[cell], dye * amount[cell])
     return total
 
 
 def _erythrocytes(rng: np.random.Generator, plan: _Plan, nests: Map, free: Map, rift: Map) -> Map:
     """Hemoglobin: discs of 7 µm strewn over patches of bleeding, and what has leaked from them into the collagen."""
     bleeding = _edge(plan.enlarge(plan.blood), 1.0) * free * (1 - 0.85 * nests)
-    centre = _strewn(rng, plan.shape, 6.8 / MPP)
-    here = _at(centre)
-    centre = centre[rng.random(len(centre)) < 0.45 * bleeding[here] * (0.4 + 0.6 * rift[here])]
-    n = len(centre)
+    center = _strewn(rng, plan.shape, 6.8 / MPP)
+    here = _at(center)
+    center = center[rng.random(len(center)) < 0.45 * bleeding[here] * (0.4 + 0.6 * rift[here])]
+    n = len(center)
     radius = np.full(n, 1.7)
-    discs = _ellipses(plan.shape, centre, radius, radius, np.zeros(n), rng.lognormal(np.log(0.5), 0.15, n))
+    discs = _ellipses(plan.shape, center, radius, radius, np.zeros(n), rng.lognormal(np.log(0.5), 0.15, n))
     return discs + 0.08 * bleeding * rift
 
 
@@ -182,7 +182,7 @@ def _field(rng: np.random.Generator, shape: tuple[int, int], length: float, *, b
     return (field - field.mean()) / field.std()
 
 
-def _fibres(rng: np.random.Generator, angle: Map, length: float, width: float) -> Map:
+def _fibers(rng: np.random.Generator, angle: Map, length: float, width: float) -> Map:
     """Noise of unit variance, drawn out along `angle` (radians from x to y, modulo pi) over `length` by `width`."""
     tile = min(_TILE, max(angle.shape))
     y, x = fft.fftfreq(tile).astype(np.float32)[:, None], fft.rfftfreq(tile).astype(np.float32)[None, :]
@@ -213,7 +213,7 @@ def _strewn(rng: np.random.Generator, shape: tuple[int, int], spacing: float) ->
 
 def _ellipses(
     shape: tuple[int, int],
-    centre: Points,
+    center: Points,
     long: NDArray[np.float64],
     short: NDArray[np.float64],
     angle: NDArray[np.float64],
@@ -223,9 +223,9 @@ def _ellipses(
     window = int(np.ceil(long.max(initial=0) + 1))
     reach = np.arange(-window, window + 1)
     total = np.zeros(shape[0] * shape[1])
-    for part in np.array_split(np.arange(len(centre)), len(centre) // 10_000 + 1):
-        pixel = np.floor(centre[part]).astype(np.int64)[:, :, None] + reach
-        dy, dx = np.moveaxis((pixel + 0.5 - centre[part, :, None]).astype(np.float32), 1, 0)
+    for part in np.array_split(np.arange(len(center)), len(center) // 10_000 + 1):
+        pixel = np.floor(center[part]).astype(np.int64)[:, :, None] + reach
+        dy, dx = np.moveaxis((pixel + 0.5 - center[part, :, None]).astype(np.float32), 1, 0)
         cos, sin, a, b, height = (
             v[part].astype(np.float32)[:, None, None] for v in (np.cos(angle), np.sin(angle), long, short, amount)
         )

@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from stpredict.models._io import load
     from stpredict.models._ridge import Ridge
-    from stpredict.models.m2ost._model import FittedM2OST
-    from stpredict.models.m2ost._module import M2OST
+    from stpredict.models.m2ost._model import M2OST
+    from stpredict.models.m2ost._module import M2OSTModule
     from stpredict.models.nsl._model import NSL
 
-__all__ = ["M2OST", "NSL", "FittedM2OST", "Ridge", "load"]
+__all__ = ["M2OST", "NSL", "M2OST", "Ridge", "load"]
 
 # torch is imported when a model is first asked for, not with the package.
 _HOMES = {
-    "FittedM2OST": "stpredict.models.m2ost._model",
-    "M2OST": "stpredict.models.m2ost._module",
+    "M2OST": "stpredict.models.m2ost._model",
+    "M2OSTModule": "stpredict.models.m2ost._module",
     "NSL": "stpredict.models.nsl._model",
     "Ridge": "stpredict.models._ridge",
     "load": "stpredict.models._io",

@@ -170,7 +170,7 @@ def load(path: str | PathLike[str]) -> Any:
 
 def _classes() -> dict[str, type[Saveable]]:
     from stpredict.models._ridge import Ridge
-    from stpredict.models.m2ost._model import FittedM2OST
+    from stpredict.models.m2ost._model import M2OST
     from stpredict.models.nsl._model import NSL
 
-    return {NSL.kind: NSL, FittedM2OST.kind: FittedM2OST, Ridge.kind: Ridge}
+    return {NSL.kind: NSL, M2OST.kind: M2OST, Ridge.kind: Ridge}

@@ -153,10 +153,10 @@ class Ridge(_io.Saveable):
         predicted = np.empty((len(values), len(self.genes)), dtype=np.float32)
         for start in range(0, len(values), _SPOTS):
             rows = slice(start, start + _SPOTS)
-            standardised = (values[rows] - self.mean) / self.scale
+            standardized = (values[rows] - self.mean) / self.scale
             if self.components is not None:
-                standardised = standardised @ self.components.T
-            predicted[rows] = standardised @ self.coef.T + self.intercept
+                standardized = standardized @ self.components.T
+            predicted[rows] = standardized @ self.coef.T + self.intercept
         return predicted
 
     def to_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -234,10 +234,10 @@ def _solve(inputs: np.ndarray, expression: np.ndarray, alpha: float | str) -> _S
     intercept = expression.mean(axis=0, dtype=np.float64)
     for start in range(0, n_genes, _GENES):
         genes = slice(start, start + _GENES)
-        centred = expression[:, genes] - intercept[genes]
-        projected = left.T @ centred
+        centered = expression[:, genes] - intercept[genes]
+        projected = left.T @ centered
         if alpha == "gcv":
-            beyond = (centred**2).sum(axis=0) - (projected**2).sum(axis=0)
+            beyond = (centered**2).sum(axis=0) - (projected**2).sum(axis=0)
             residual = lost**2 @ projected**2 + (np.maximum(beyond, 0) if rank < n - 1 else 0)
             chosen[genes] = np.argmin(residual / residual_freedom[:, None] ** 2, axis=0)
         weights = kept[chosen[genes]].T / singular[:rank, None] * projected

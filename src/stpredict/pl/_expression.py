@@ -19,7 +19,7 @@ from spatialdata import SpatialData
 from stpredict._data.slide import Section, read_sections, read_table, section_name
 from stpredict.pl._axes import take_axes
 from stpredict.pl._gene import pcc_note, read_measured, read_predicted, seen_in_training
-from stpredict.pl._sections import draw_scale_bar, micrometres_per_pixel
+from stpredict.pl._sections import draw_scale_bar, micrometers_per_pixel
 from stpredict.pl._tissue import View, tissue_in_view, view_of_spots
 
 # Values beyond these percentiles are off the colour scale: in legacy arrays some 3 % of the spots miss an abundant gene
@@ -36,8 +36,8 @@ def expression(
     sdata: SpatialData,
     gene: str,
     *,
-    layer: str = "nsl",
-    measured_layer: str | None = None,
+    key: str = "nsl",
+    layer: str | None = None,
     sections: str | Sequence[str] | None = None,
     shared_scale: bool = True,
     cmap: str | Colormap = "viridis",
@@ -67,9 +67,9 @@ def expression(
         Images, spots, and a table with predictions; nothing is written to it.
     gene
         One of ``var_names``.
-    layer
+    key
         Predictions, a key of ``layers``.
-    measured_layer
+    layer
         Measured expression, a key of ``layers`` or ``"X"``. `None` takes what the model was fitted to, if the table has
         it, else ``X``.
     sections
@@ -119,8 +119,8 @@ def expression(
     (2, 2)
     """
     _, table = read_table(sdata, table_key)
-    predicted = read_predicted(table, gene, layer)
-    measured = read_measured(table, gene, layer, measured_layer)
+    predicted = read_predicted(table, gene, key)
+    measured = read_measured(table, gene, key, layer)
     chosen = _choose_sections(
         read_sections(sdata, table, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system),
         table,
@@ -148,11 +148,11 @@ def expression(
             if kind == "measured":
                 note = f"{len(section.rows)} spots"
             else:
-                note = " · ".join(_notes(table, gene, layer, section, predicted, measured))
+                note = " · ".join(_notes(table, gene, key, section, predicted, measured))
             panel.set_title(f"{section_name(section, table)} · {gene} {kind}\n{note}", fontsize="medium")
             if shared is None:
                 scale.draw_bar([panel], cmap, gene, fraction=0.05, pad=0.03)
-        if (mpp := micrometres_per_pixel(section, table)) is not None:
+        if (mpp := micrometers_per_pixel(section, table)) is not None:
             draw_scale_bar(panels[0], mpp / view.units_per_pixel)
     if shared is not None:
         shared.draw_bar(list(axes.flat), cmap, gene, shrink=max(0.85 / len(chosen), 0.25), aspect=18, pad=0.03)
@@ -172,15 +172,15 @@ def _choose_sections(found: list[Section], table: AnnData, wanted: str | Sequenc
 
 
 def _notes(
-    table: AnnData, gene: str, layer: str, section: Section, predicted: np.ndarray, measured: np.ndarray | None
+    table: AnnData, gene: str, key: str, section: Section, predicted: np.ndarray, measured: np.ndarray | None
 ) -> Iterator[str]:
     """What the title says about the predictions of a section."""
     rows = section.rows
-    if kind := seen_in_training(table, layer, rows, predicted):
+    if kind := seen_in_training(table, key, rows, predicted):
         yield kind
     if measured is not None:
         names = [section_name(section, table)] * len(rows)
-        yield pcc_note(table, gene, layer, rows, names, measured, predicted)
+        yield pcc_note(table, gene, key, rows, names, measured, predicted)
 
 
 class _Scale(NamedTuple):

@@ -12,13 +12,13 @@ from stpredict.pl._axes import take_single_axes
 from stpredict.pl._style import PALETTE, number
 
 if TYPE_CHECKING:
-    from stpredict.models import FittedM2OST
+    from stpredict.models import M2OST
 
 # Up to so many epochs are marked one by one: a line needs two.
 _FEW = 10
 
 
-def history(model: FittedM2OST, *, ax: Axes | None = None) -> Axes:
+def history(model: M2OST, *, ax: Axes | None = None) -> Axes:
     """Draw training and validation loss, and mark the epoch whose weights were kept.
 
     That is the epoch of the lowest validation loss; without validation spots, the last.

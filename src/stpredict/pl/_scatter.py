@@ -35,8 +35,8 @@ def scatter(
     sdata: SpatialData,
     genes: str | Sequence[str],
     *,
-    layer: str = "nsl",
-    measured_layer: str | None = None,
+    key: str = "nsl",
+    layer: str | None = None,
     spots: str | None = None,
     color: str | None = "section",
     table_key: str | None = None,
@@ -57,9 +57,9 @@ def scatter(
         Spots, and a table with expression and predictions; nothing is written to it.
     genes
         One or more of ``var_names``.
-    layer
+    key
         Predictions, a key of ``layers``.
-    measured_layer
+    layer
         Measured expression, a key of ``layers`` or ``"X"``. `None` takes what the model was fitted to, if the table has
         it, else ``X``.
     spots
@@ -107,7 +107,7 @@ def scatter(
         raise ValueError(f"`ncols` is {ncols}; expected at least 1.")
     sections = _section_names(sdata, table)
     paint = _Paint.of(table, sections, color)
-    panels = [_read_panel(table, gene, layer, measured_layer, spots, sections) for gene in names]
+    panels = [_read_panel(table, gene, key, layer, spots, sections) for gene in names]
     ncols = min(ncols, len(panels)) if ax is None else len(panels)
     nrows = -(-len(panels) // ncols)
     axes = take_axes(
@@ -137,32 +137,30 @@ class _Panel(NamedTuple):
 
 
 def _read_panel(
-    table: AnnData, gene: str, layer: str, measured_layer: str | None, spots: str | None, sections: np.ndarray
+    table: AnnData, gene: str, key: str, layer: str | None, spots: str | None, sections: np.ndarray
 ) -> _Panel:
-    predicted = read_predicted(table, gene, layer)
-    measured = read_measured(table, gene, layer, measured_layer)
+    predicted = read_predicted(table, gene, key)
+    measured = read_measured(table, gene, key, layer)
     if measured is None:
-        raise ValueError(
-            f"The table has no `X` to draw against; name one of {list(table.layers)} with `measured_layer`."
-        )
-    drawn = _choose_spots(table, layer, spots, np.isfinite(predicted))
+        raise ValueError(f"The table has no `X` to draw against; name one of {list(table.layers)} with `layer`.")
+    drawn = _choose_spots(table, key, spots, np.isfinite(predicted))
     rows = np.flatnonzero(drawn & np.isfinite(measured) & (sections != ""))
     if not len(rows):
         which = "" if spots in (None, "all") else f" among those that `obs[{spots!r}]` chooses"
         raise ValueError(f"No spot{which} has both a measured and a predicted value of {gene!r}.")
-    kind = seen_in_training(table, layer, rows, predicted)
-    text = pcc_note(table, gene, layer, rows, list(sections[rows]), measured, predicted)
+    kind = seen_in_training(table, key, rows, predicted)
+    text = pcc_note(table, gene, key, rows, list(sections[rows]), measured, predicted)
     note = f"{kind} · {text}" if kind else text
     return _Panel(gene, rows, measured[rows], predicted[rows], note)
 
 
-def _choose_spots(table: AnnData, layer: str, spots: str | None, predicted: np.ndarray) -> np.ndarray:
+def _choose_spots(table: AnnData, key: str, spots: str | None, predicted: np.ndarray) -> np.ndarray:
     """Rows with a prediction that are to be drawn."""
     if spots == "all":
         return predicted
     if spots is not None:
         return predicted & row_mask(table, spots, "True for spots to draw")
-    training = training_rows(table, layer, predicted)
+    training = training_rows(table, key, predicted)
     held_out = predicted if training is None else predicted & ~training.rows
     return held_out if held_out.any() else predicted
 

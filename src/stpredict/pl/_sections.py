@@ -13,7 +13,7 @@ from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar  # type: ig
 from stpredict._data.slide import Section, section_name
 
 
-def micrometres_per_pixel(section: Section, table: AnnData) -> float | None:
+def micrometers_per_pixel(section: Section, table: AnnData) -> float | None:
     """Micrometres per pixel of the section's image, where a data set has left them in ``uns[...]["mpp"]``."""
     name = section_name(section, table)
     for entry in table.uns.values():
@@ -23,7 +23,7 @@ def micrometres_per_pixel(section: Section, table: AnnData) -> float | None:
     return None
 
 
-def draw_scale_bar(ax: Axes, micrometres_per_unit: float) -> None:
+def draw_scale_bar(ax: Axes, micrometers_per_unit: float) -> None:
     """Draw a bar of a round length, about a fifth of the panel's width, in its lower left corner.
 
     Parameters
@@ -34,12 +34,12 @@ def draw_scale_bar(ax: Axes, micrometres_per_unit: float) -> None:
         Of the data coordinates.
     """
     x0, x1 = ax.get_xlim()
-    longest = 0.3 * abs(x1 - x0) * micrometres_per_unit
+    longest = 0.3 * abs(x1 - x0) * micrometers_per_unit
     power = 10.0 ** np.floor(np.log10(longest))
     length = power * max(digit for digit in (1, 2, 5) if digit * power <= longest)
     bar = AnchoredSizeBar(
         ax.transData,
-        length / micrometres_per_unit,
+        length / micrometers_per_unit,
         f"{length / 1000:g} mm" if length >= 1000 else f"{length:g} µm",
         "lower left",
         pad=0.4,

@@ -13,7 +13,7 @@ from spatialdata import SpatialData
 
 from stpredict._data.slide import Section, read_sections, read_table, section_name
 from stpredict.pl._axes import take_axes
-from stpredict.pl._sections import draw_scale_bar, micrometres_per_pixel
+from stpredict.pl._sections import draw_scale_bar, micrometers_per_pixel
 from stpredict.pp._histogram import optical_density
 from stpredict.pp._tiles import to_uint8
 
@@ -271,5 +271,5 @@ def _draw_patch(axes: np.ndarray, gene: _Gene, site: _Site, table: AnnData) -> N
         ax.axis("off")
     center = section.centers[site.i] - (x.start, y.start) - 0.5  # imshow puts a pixel's centre at a whole number
     axes[0].add_patch(Circle(center, section.diameters[site.i] / 2, facecolor="none", edgecolor="white", linewidth=1.2))
-    if (mpp := micrometres_per_pixel(section, table)) is not None:
+    if (mpp := micrometers_per_pixel(section, table)) is not None:
         draw_scale_bar(axes[0], mpp)

@@ -20,7 +20,7 @@ def encode(
     encoder: Callable[[Any], Any],
     *,
     image_size: int,
-    field: float,
+    spot_scale: float,
     device: str,
 ) -> np.ndarray:
     """Apply an encoder to a patch of each spot.
@@ -34,7 +34,7 @@ def encode(
     encoder
         ``(b, 3, image_size, image_size)`` float in [0, 1] to ``(b, d)``. A module is moved to ``device``, and is in
         evaluation mode meanwhile.
-    image_size, field
+    image_size, spot_scale
         Of the patches, as in :func:`stpredict.pp.patches`.
     device
         Where to compute.
@@ -56,7 +56,10 @@ def encode(
     try:
         if module is not None:
             module.to(device).eval()
-        with torch.inference_mode(), extract(sections, levels=1, image_size=image_size, field=field) as patches:
+        with (
+            torch.inference_mode(),
+            extract(sections, levels=1, image_size=image_size, spot_scale=spot_scale) as patches,
+        ):
             for start in tqdm(range(0, len(patches), _BATCH), desc="encoding", unit="batch", delay=2, leave=False):
                 pixels = torch.from_numpy(patches[start : start + _BATCH][:, 0]).to(device)
                 parts.append(_checked(encoder(pixels.float() / 255), len(pixels)))

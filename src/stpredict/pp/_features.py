@@ -14,9 +14,9 @@ from spatialdata import SpatialData
 from stpredict._data import slots
 from stpredict._data.slide import Section, read_spots
 from stpredict.pp._encode import encode
-from stpredict.pp._histogram import DEFAULT_BITS, DEFAULT_FIELD, ColorHistogram, cached_color_histogram
+from stpredict.pp._histogram import DEFAULT_BITS, DEFAULT_SPOT_SCALE, ColorHistogram, cached_color_histogram
 from stpredict.pp._position import frames, position_basis
-from stpredict.pp._statistics import DEFAULT_FIELDS, cached_color_statistics
+from stpredict.pp._statistics import DEFAULT_SPOT_SCALES, cached_color_statistics
 
 Encoder = Callable[[Any], Any]
 
@@ -58,7 +58,7 @@ class Features(NamedTuple):
 
 
 def choose_sources(
-    table: AnnData, features: str | Encoder | Sequence[str | Encoder], *, image_size: int, field: float
+    table: AnnData, features: str | Encoder | Sequence[str | Encoder], *, image_size: int, spot_scale: float
 ) -> tuple[dict[str, dict[str, Any]], Encoder | None]:
     """Decide where each feature comes from, before anything is read.
 
@@ -68,7 +68,7 @@ def choose_sources(
         Whose ``obsm`` may hold features.
     features
         As in :func:`stpredict.tl.fit_ridge`.
-    image_size, field
+    image_size, spot_scale
         Patches of an encoder.
 
     Returns
@@ -92,7 +92,7 @@ def choose_sources(
             name, source = feature, _source(table, feature)
         elif callable(feature):
             name, encoder = "encoder", feature
-            source = {"from": "encoder", "image_size": int(image_size), "field": float(field)}
+            source = {"from": "encoder", "image_size": int(image_size), "spot_scale": float(spot_scale)}
         else:
             raise TypeError(f"`features` has {feature!r}; expected keys of `obsm`, names or a callable.")
         if name in sources:
@@ -149,12 +149,12 @@ def read_features(
     def histogram(source: Mapping[str, Any]) -> ColorHistogram:
         if "color_histogram" not in made:
             made["color_histogram"] = cached_color_histogram(
-                sections, table, bits=source["bits"], field=source["field"]
+                sections, table, bits=source["bits"], spot_scale=source["spot_scale"]
             )
         return made["color_histogram"]
 
     def statistics(source: Mapping[str, Any]) -> np.ndarray:
-        made["color_statistics"] = cached_color_statistics(sections, table, fields=source["fields"])
+        made["color_statistics"] = cached_color_statistics(sections, table, spot_scales=source["fields"])
         return made["color_statistics"].values
 
     def position(source: dict[str, Any]) -> np.ndarray:
@@ -163,13 +163,18 @@ def read_features(
     def encoded(source: Mapping[str, Any]) -> np.ndarray:
         assert encoder is not None
         made["encoder"] = encode(
-            sections, table.n_obs, encoder, image_size=source["image_size"], field=source["field"], device=device
+            sections,
+            table.n_obs,
+            encoder,
+            image_size=source["image_size"],
+            spot_scale=source["spot_scale"],
+            device=device,
         )
         return made["encoder"]
 
     makers: dict[str, Callable[[dict[str, Any]], np.ndarray]] = {
         "mean_od": lambda source: histogram(source).mean_od,
-        "color_histogram": lambda source: colour_cubes(histogram(source)),
+        "color_histogram": lambda source: color_cubes(histogram(source)),
         "color_statistics": statistics,
         "position": position,
         "encoder": encoded,
@@ -203,7 +208,7 @@ def write_made(table: AnnData, key: str, made: Mapping[str, Any]) -> None:
         slots.write_features(table, key, made["encoder"])
 
 
-def colour_cubes(histogram: ColorHistogram) -> np.ndarray:
+def color_cubes(histogram: ColorHistogram) -> np.ndarray:
     """Square roots of the shares of colours, ``(n, 512)``; NaN for spots without pixels.
 
     Square roots, because distances between histograms are then Hellinger's: a share that doubles from 1 % matters no less
@@ -239,9 +244,9 @@ def _source(table: AnnData, name: str) -> dict[str, Any]:
         if name == "position":
             return {"from": "position"}
         if name == "color_statistics":
-            return {"from": "color", "fields": [float(value) for value in stored.get("fields", DEFAULT_FIELDS)]}
-        bits, field = stored.get("bits", DEFAULT_BITS), stored.get("field", DEFAULT_FIELD)
-        return {"from": "color", "bits": int(bits), "field": float(field)}
+            return {"from": "color", "fields": [float(value) for value in stored.get("fields", DEFAULT_SPOT_SCALES)]}
+        bits, spot_scale = stored.get("bits", DEFAULT_BITS), stored.get("spot_scale", DEFAULT_SPOT_SCALE)
+        return {"from": "color", "bits": int(bits), "spot_scale": float(spot_scale)}
     if name not in table.obsm:
         raise KeyError(
             f"No features {name!r} in `obsm`; it has {list(table.obsm)}. Features that are made when asked for are "

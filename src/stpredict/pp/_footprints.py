@@ -27,11 +27,11 @@ class Footprints(NamedTuple):
         return self._replace(**{name: values[spots] for name, values in self._asdict().items()})
 
 
-def footprints(section: Section, field: float) -> Footprints:
-    """Ellipses of all spots of a section, ``field`` spot diameters across."""
+def footprints(section: Section, spot_scale: float) -> Footprints:
+    """Ellipses of all spots of a section, ``spot_scale`` spot diameters across."""
     inverse = np.linalg.inv(section.affine[:2, :2])
     form = inverse.T @ inverse
-    scale = (1 - _ON_THE_EDGE) / (field * section.radii) ** 2
+    scale = (1 - _ON_THE_EDGE) / (spot_scale * section.radii) ** 2
     conic = scale[:, None] * np.array([form[0, 0], form[0, 1], form[1, 1]])
     determinant = conic[:, 0] * conic[:, 2] - conic[:, 1] ** 2
     return Footprints(section.centers, conic, np.sqrt(conic[:, 2] / determinant), np.sqrt(conic[:, 0] / determinant))

@@ -20,7 +20,7 @@ from stpredict.pp._footprints import Footprints, chord, footprints, warn_of_tiny
 from stpredict.pp._tiles import Tile, check_dtype, check_range, tiles, to_uint8
 
 # Diameter of the field in spot diameters; docs/explanation/field.md has the cross-validation that chose it.
-DEFAULT_FIELD = 2.0
+DEFAULT_SPOT_SCALE = 2.0
 DEFAULT_BITS = 5
 
 # Optical densities are summed as integers of this unit: the sum is then exact, whatever the order of the pixels.
@@ -54,7 +54,7 @@ class ColorHistogram:
     fields
         ``(n_spots, 3)`` centre (x, y) and diameter of each spot's field in pixels of the image.
     made_of
-        ``bits``, ``field`` and, for each section, which image was read.
+        ``bits``, ``spot_scale`` and, for each section, which image was read.
     """
 
     counts: sp.csr_matrix
@@ -84,7 +84,7 @@ def color_histogram(
     sdata: SpatialData,
     *,
     bits: int = DEFAULT_BITS,
-    field: float = DEFAULT_FIELD,
+    spot_scale: float = DEFAULT_SPOT_SCALE,
     image_key: str | Mapping[str, str] | None = None,
     shapes_key: str | Sequence[str] | None = None,
     table_key: str | None = None,
@@ -107,7 +107,7 @@ def color_histogram(
         Images, spots and a table that annotates the spots.
     bits
         Bits per channel, 1 to 8. With 5 the mean optical density of a spot is off by 0.0006 (root mean square).
-    field
+    spot_scale
         Diameter of the round field around each spot's centre, in spot diameters.
     image_key
         Key in ``sdata.images``, or ``{shapes_key: image_key}``. `None` takes the finest image under each spots element.
@@ -134,7 +134,7 @@ def color_histogram(
     ``obs["n_pixels"]``, ``obs["coverage"]``
         Pixels counted, and their share of the field.
     ``uns["color_histogram"]``
-        ``codebook`` (``(n_bins, 3)`` lowest intensities of each bin), ``bits``, ``field`` and, for each section, the
+        ``codebook`` (``(n_bins, 3)`` lowest intensities of each bin), ``bits``, ``spot_scale`` and, for each section, the
         image that was read.
 
     Raises
@@ -150,36 +150,38 @@ def color_histogram(
     >>> sdata["table"].obsm["color_histogram"].shape[0] == sdata["table"].n_obs
     True
     """
-    _check_arguments(bits, field)
+    _check_arguments(bits, spot_scale)
     _, table = read_table(sdata, table_key)
     sections = read_sections(
         sdata, table, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system
     )
-    histogram = histogram_of_rows(sections, n_obs=table.n_obs, bits=bits, field=field)
+    histogram = histogram_of_rows(sections, n_obs=table.n_obs, bits=bits, spot_scale=spot_scale)
     if not inplace:
         return histogram
     slots.write_color_histogram(table, histogram)
     return None
 
 
-def cached_color_histogram(sections: Sequence[Section], table: AnnData, *, bits: int, field: float) -> ColorHistogram:
+def cached_color_histogram(
+    sections: Sequence[Section], table: AnnData, *, bits: int, spot_scale: float
+) -> ColorHistogram:
     """Take the histogram from the table when it was made of the same images, else count; writes nothing."""
-    _check_arguments(bits, field)
-    fields = _fields(sections, table.n_obs, field)
-    cached = slots.read_color_histogram(table, fields, _describe(sections, bits, field))
+    _check_arguments(bits, spot_scale)
+    fields = _fields(sections, table.n_obs, spot_scale)
+    cached = slots.read_color_histogram(table, fields, _describe(sections, bits, spot_scale))
     if cached is not None:
         return ColorHistogram(**cached)
-    return histogram_of_rows(sections, n_obs=table.n_obs, bits=bits, field=field)
+    return histogram_of_rows(sections, n_obs=table.n_obs, bits=bits, spot_scale=spot_scale)
 
 
-def histogram_of_rows(sections: Sequence[Section], *, n_obs: int, bits: int, field: float) -> ColorHistogram:
+def histogram_of_rows(sections: Sequence[Section], *, n_obs: int, bits: int, spot_scale: float) -> ColorHistogram:
     """Histograms of several sections, one row for each row of the table that they share.
 
     Rows that belong to none of the sections have no pixels.
     """
     for section in sections:
         check_dtype(section)
-    places = [footprints(section, field) for section in sections]
+    places = [footprints(section, spot_scale) for section in sections]
     jobs = [
         (i, tile, dask.delayed(_count_tile)(section.pixels[:, tile.y, tile.x], tile, places[i].of(tile.spots),
                                             section.channels, section.image_key, bits))
@@ -221,7 +223,7 @@ def histogram_of_rows(sections: Sequence[Section], *, n_obs: int, bits: int, fie
     whole = np.zeros(n_obs)
     for section, place in zip(sections, places, strict=True):
         whole[section.rows] = whole_pixels(section.centers, place.conic)
-        warn_of_tiny_spots(section, whole[section.rows], "field")
+        warn_of_tiny_spots(section, whole[section.rows], "spot_scale")
     with np.errstate(invalid="ignore", divide="ignore"):
         mean_od = od_sum * _OD_UNIT / n_pixels[:, None]
         coverage = np.where(whole > 0, n_pixels / whole, 0.0)
@@ -230,29 +232,29 @@ def histogram_of_rows(sections: Sequence[Section], *, n_obs: int, bits: int, fie
         codebook=_codebook(np.flatnonzero(used), bits),
         mean_od=mean_od,
         coverage=coverage,
-        fields=_fields(sections, n_obs, field),
-        made_of=_describe(sections, bits, field),
+        fields=_fields(sections, n_obs, spot_scale),
+        made_of=_describe(sections, bits, spot_scale),
     )
 
 
-def _check_arguments(bits: int, field: float) -> None:
+def _check_arguments(bits: int, spot_scale: float) -> None:
     if not (isinstance(bits, int | np.integer) and 1 <= bits <= 8):
         raise ValueError(f"`bits` is {bits!r}; expected an integer from 1 to 8.")
-    if not (np.isfinite(field) and field > 0):
-        raise ValueError(f"`field` is {field!r}; expected a positive number of spot diameters.")
+    if not (np.isfinite(spot_scale) and spot_scale > 0):
+        raise ValueError(f"`spot_scale` is {spot_scale!r}; expected a positive number of spot diameters.")
 
 
-def _fields(sections: Sequence[Section], n_obs: int, field: float) -> np.ndarray:
+def _fields(sections: Sequence[Section], n_obs: int, spot_scale: float) -> np.ndarray:
     fields = np.full((n_obs, 3), np.nan)
     for section in sections:
-        fields[section.rows] = np.column_stack([section.centers, field * section.diameters])
+        fields[section.rows] = np.column_stack([section.centers, spot_scale * section.diameters])
     return fields
 
 
-def _describe(sections: Sequence[Section], bits: int, field: float) -> dict[str, Any]:
+def _describe(sections: Sequence[Section], bits: int, spot_scale: float) -> dict[str, Any]:
     return {
         "bits": int(bits),
-        "field": float(field),
+        "spot_scale": float(spot_scale),
         "sections": {section.name: section.fingerprint for section in sections},
     }
 

@@ -21,7 +21,7 @@ from stpredict.pp._store import InMemory, Store, kept_store, new_store, turn_in
 from stpredict.pp._windows import Windows, box_pyramid, cut_patch, place_windows
 
 # Field of view of the authors of M2OST: 224 pixels on HER2+ sections, where a spot of 100 µm has 145.
-DEFAULT_FIELD = 1.54
+DEFAULT_SPOT_SCALE = 1.54
 _MAX_LEVELS = 8
 
 # An image that has to be enlarged by more blurs level 0 visibly.
@@ -46,7 +46,7 @@ class Patches:
     coverage
         ``(n,)`` share of the field of level 0 that lies on the image.
     made_of
-        ``levels``, ``image_size``, ``field`` and, for each section, which image and spots were read.
+        ``levels``, ``image_size``, ``spot_scale`` and, for each section, which image and spots were read.
     """
 
     rows: np.ndarray
@@ -124,7 +124,7 @@ def patches(
     *,
     levels: int = 3,
     image_size: int = 224,
-    field: float = DEFAULT_FIELD,
+    spot_scale: float = DEFAULT_SPOT_SCALE,
     store: str | os.PathLike[str] | None = None,
     image_key: str | Mapping[str, str] | None = None,
     shapes_key: str | Sequence[str] | None = None,
@@ -148,7 +148,7 @@ def patches(
         Number of scales, 1 to 8.
     image_size
         Rows and columns of a patch in pixels.
-    field
+    spot_scale
         Field of view (side of the square) of level 0 in spot diameters. The default reproduces the 224 pixels of the
         authors of M2OST on HER2+ sections.
     store
@@ -184,12 +184,12 @@ def patches(
     ...     print(patches[[0, 5]].shape)
     (2, 3, 3, 64, 64)
     """
-    _check_arguments(levels, image_size, field)
+    _check_arguments(levels, image_size, spot_scale)
     _, table = read_table(sdata, table_key)
     sections = read_sections(
         sdata, table, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system
     )
-    return extract(sections, levels=levels, image_size=image_size, field=field, store=store)
+    return extract(sections, levels=levels, image_size=image_size, spot_scale=spot_scale, store=store)
 
 
 def extract(
@@ -197,49 +197,49 @@ def extract(
     *,
     levels: int,
     image_size: int,
-    field: float,
+    spot_scale: float,
     store: str | os.PathLike[str] | None = None,
 ) -> Patches:
     """Patches of sections, as :func:`patches` documents; ``rows`` are the sections' own."""
-    _check_arguments(levels, image_size, field)
-    coverage = [_coverage(section, field) for section in sections]
+    _check_arguments(levels, image_size, spot_scale)
+    coverage = [_coverage(section, spot_scale) for section in sections]
     on_image = [np.flatnonzero(share > 0) for share in coverage]
     rows = np.concatenate([section.rows[spots] for section, spots in zip(sections, on_image, strict=True)])
     shares = np.concatenate([share[spots] for share, spots in zip(coverage, on_image, strict=True)])
     order = np.argsort(rows)
     positions = np.split(np.argsort(order), np.cumsum([len(spots) for spots in on_image])[:-1])
     jobs = [
-        _Job(section, place_windows(section, levels, image_size, field).of(spots), of_section)
+        _Job(section, place_windows(section, levels, image_size, spot_scale).of(spots), of_section)
         for section, spots, of_section in zip(sections, on_image, positions, strict=True)
         if len(spots)
     ]
     shape = (len(rows), levels, image_size, image_size, 3)
-    made_of = _describe(sections, levels, image_size, field)
+    made_of = _describe(sections, levels, image_size, spot_scale)
     with turn_in(store):
         return Patches(rows[order], shares[order], made_of, _kept_or_drawn(jobs, shape, store, made_of))
 
 
-def _check_arguments(levels: int, image_size: int, field: float) -> None:
+def _check_arguments(levels: int, image_size: int, spot_scale: float) -> None:
     if not (isinstance(levels, int | np.integer) and 1 <= levels <= _MAX_LEVELS):
         raise ValueError(f"`levels` is {levels!r}; expected an integer from 1 to {_MAX_LEVELS}.")
     if not (isinstance(image_size, int | np.integer) and image_size >= 1):
         raise ValueError(f"`image_size` is {image_size!r}; expected a positive number of pixels.")
-    if not (np.isfinite(field) and field > 0):
-        raise ValueError(f"`field` is {field!r}; expected a positive number of spot diameters.")
+    if not (np.isfinite(spot_scale) and spot_scale > 0):
+        raise ValueError(f"`spot_scale` is {spot_scale!r}; expected a positive number of spot diameters.")
 
 
-def _describe(sections: Sequence[Section], levels: int, image_size: int, field: float) -> dict[str, Any]:
+def _describe(sections: Sequence[Section], levels: int, image_size: int, spot_scale: float) -> dict[str, Any]:
     return {
         "levels": int(levels),
         "image_size": int(image_size),
-        "field": float(field),
+        "spot_scale": float(spot_scale),
         "sections": fingerprints(sections),
     }
 
 
-def _coverage(section: Section, field: float) -> np.ndarray:
+def _coverage(section: Section, spot_scale: float) -> np.ndarray:
     """Share of each spot's level-0 field that lies on the image, counted in pixels."""
-    half = (field * section.diameters / 2)[:, None]
+    half = (spot_scale * section.diameters / 2)[:, None]
     first, last = np.ceil(section.centers - half - 0.5), np.ceil(section.centers + half - 0.5)
     whole = (last - first).prod(axis=1)
     size = np.array([section.width, section.height])
@@ -281,7 +281,7 @@ def _warn_of_blur(job: _Job) -> None:
     if enlarged > _ENLARGED:
         logg.warning(
             f"The image {job.section.image_key!r} is too coarse: level 0 is enlarged {enlarged:.2g} times and blurred. "
-            "Use a finer image, a smaller `image_size` or a larger `field`."
+            "Use a finer image, a smaller `image_size` or a larger `spot_scale`."
         )
 
 

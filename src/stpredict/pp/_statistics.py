@@ -21,7 +21,7 @@ from stpredict.pp._histogram import optical_density
 from stpredict.pp._tiles import Tile, check_dtype, check_range, tiles, to_uint8
 
 # From half a spot to beyond the neighbours, in spot diameters.
-DEFAULT_FIELDS = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
+DEFAULT_SPOT_SCALES = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
 _STATISTICS = ("mean", "sd", *(f"decile{k}" for k in range(1, 10)))
 
 
@@ -36,7 +36,7 @@ class ColorStatistics(NamedTuple):
 def color_statistics(
     sdata: SpatialData,
     *,
-    fields: Sequence[float] = DEFAULT_FIELDS,
+    spot_scale: Sequence[float] = DEFAULT_SPOT_SCALES,
     image_key: str | Mapping[str, str] | None = None,
     shapes_key: str | Sequence[str] | None = None,
     table_key: str | None = None,
@@ -56,7 +56,7 @@ def color_statistics(
     ----------
     sdata
         Images, spots and a table that annotates the spots.
-    fields
+    spot_scale
         Diameters of the fields in spot diameters, ascending.
     image_key, shapes_key, table_key, coordinate_system
         Which elements to use, as in :func:`color_histogram`. `None` finds them.
@@ -68,11 +68,11 @@ def color_statistics(
     `None`, or with ``inplace=False`` a data frame of all rows of the table with named columns. Written to the table:
 
     ``obsm["color_statistics"]``
-        ``(n_obs, 33 * len(fields))`` float32: field by field, and in each red, green and blue, the mean, the standard
+        ``(n_obs, 33 * len(spot_scale))`` float32: field by field, and in each red, green and blue, the mean, the standard
         deviation and nine deciles (the smallest optical density that a tenth, two tenths, … of the pixels do not
         exceed). NaN where a field has no pixel on the image.
     ``uns["color_statistics"]``
-        ``fields``, ``names`` of the columns, such as ``"red_mean_0.5"`` and ``"blue_decile9_6"``, and, for each
+        ``spot_scale``, ``names`` of the columns, such as ``"red_mean_0.5"`` and ``"blue_decile9_6"``, and, for each
         section, the image and the spots that were read.
 
     Raises
@@ -84,70 +84,72 @@ def color_statistics(
     --------
     >>> import stpredict as stp
     >>> sdata = stp.datasets.synthetic(n_spots=50)
-    >>> stp.pp.color_statistics(sdata, fields=(1, 2))
+    >>> stp.pp.color_statistics(sdata, spot_scale=(1, 2))
     >>> sdata["table"].obsm["color_statistics"].shape[1]
     66
     """
-    _check_fields(fields)
+    _check_spot_scale(spot_scale)
     _, table = read_table(sdata, table_key)
     sections = read_sections(
         sdata, table, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system
     )
-    statistics = _statistics_of_rows(sections, table.n_obs, fields)
+    statistics = _statistics_of_rows(sections, table.n_obs, spot_scale)
     if not inplace:
         return pd.DataFrame(statistics.values, index=table.obs_names, columns=statistics.names)
     slots.write_color_statistics(table, statistics)
     return None
 
 
-def cached_color_statistics(sections: Sequence[Section], table: AnnData, *, fields: Sequence[float]) -> ColorStatistics:
+def cached_color_statistics(
+    sections: Sequence[Section], table: AnnData, *, spot_scales: Sequence[float]
+) -> ColorStatistics:
     """Take the statistics from the table when they were made of the same images, else count; writes nothing."""
-    _check_fields(fields)
-    made_of = _describe(sections, fields)
+    _check_spot_scale(spot_scales)
+    made_of = _describe(sections, spot_scales)
     cached = slots.read_color_statistics(table, made_of)
     if cached is not None:
-        return ColorStatistics(cached, _names(fields), made_of)
-    return _statistics_of_rows(sections, table.n_obs, fields)
+        return ColorStatistics(cached, _names(spot_scales), made_of)
+    return _statistics_of_rows(sections, table.n_obs, spot_scales)
 
 
-def _check_fields(fields: Sequence[float]) -> None:
-    values = np.asarray(fields)
+def _check_spot_scale(spot_scales: Sequence[float]) -> None:
+    values = np.asarray(spot_scales)
     positive = values.ndim == 1 and len(values) and values.dtype.kind in "iuf" and np.isfinite(values).all()
     if not (positive and values[0] > 0 and (np.diff(values) > 0).all()):
         raise ValueError(
-            f"`fields` is {fields!r}; expected ascending positive numbers of spot diameters, such as (1, 2)."
+            f"`spot_scale` is {spot_scales!r}; expected ascending positive numbers of spot diameters, such as (1, 2)."
         )
 
 
-def _describe(sections: Sequence[Section], fields: Sequence[float]) -> dict[str, Any]:
-    return {"fields": np.asarray(fields, dtype=np.float64), "sections": fingerprints(sections)}
+def _describe(sections: Sequence[Section], spot_scales: Sequence[float]) -> dict[str, Any]:
+    return {"spot_scale": np.asarray(spot_scales, dtype=np.float64), "sections": fingerprints(sections)}
 
 
-def _names(fields: Sequence[float]) -> list[str]:
+def _names(spot_scales: Sequence[float]) -> list[str]:
     return [
-        f"{channel}_{statistic}_{field:g}"
-        for field in fields
+        f"{channel}_{statistic}_{spot_scale:g}"
+        for spot_scale in spot_scales
         for channel in ("red", "green", "blue")
         for statistic in _STATISTICS
     ]
 
 
-def _statistics_of_rows(sections: Sequence[Section], n_obs: int, fields: Sequence[float]) -> ColorStatistics:
+def _statistics_of_rows(sections: Sequence[Section], n_obs: int, spot_scales: Sequence[float]) -> ColorStatistics:
     """One row for each row of the table; NaN for rows that belong to none of the sections."""
     for section in sections:
         check_dtype(section)
-    values = np.full((n_obs, len(fields) * 3 * len(_STATISTICS)), np.nan, dtype=np.float32)
+    values = np.full((n_obs, len(spot_scales) * 3 * len(_STATISTICS)), np.nan, dtype=np.float32)
     for section in sections:
         # One section after another: the counts take 18 kB a spot.
-        counts = _count_section(section, fields)
-        values[section.rows] = _summarise(counts, optical_density(np.arange(256))).reshape(len(counts), -1)
-    return ColorStatistics(values, _names(fields), _describe(sections, fields))
+        counts = _count_section(section, spot_scales)
+        values[section.rows] = _summarize(counts, optical_density(np.arange(256))).reshape(len(counts), -1)
+    return ColorStatistics(values, _names(spot_scales), _describe(sections, spot_scales))
 
 
-def _count_section(section: Section, fields: Sequence[float]) -> np.ndarray:
+def _count_section(section: Section, spot_scales: Sequence[float]) -> np.ndarray:
     """``(n_spots, n_fields, 3, 256)`` pixels of each intensity in the ring between each field and the one inside it."""
-    places = [footprints(section, field) for field in fields]
-    warn_of_tiny_spots(section, whole_pixels(section.centers, places[0].conic), "fields")
+    places = [footprints(section, spot_scale) for spot_scale in spot_scales]
+    warn_of_tiny_spots(section, whole_pixels(section.centers, places[0].conic), "spot_scale")
     found = tiles(section, places[-1].half_width, places[-1].half_height)
     jobs = [
         dask.delayed(_count_tile)(
@@ -161,7 +163,7 @@ def _count_section(section: Section, fields: Sequence[float]) -> np.ndarray:
     ]
     with TqdmCallback(desc=f"colour statistics of {section.name}", delay=2, leave=False):
         parts = dask.compute(*jobs)
-    counts = np.zeros((len(section.rows), len(fields), 3, 256), dtype=np.int32)
+    counts = np.zeros((len(section.rows), len(spot_scales), 3, 256), dtype=np.int32)
     for tile, (of_tile, _) in zip(found, parts, strict=True):
         counts[tile.spots] += of_tile
     check_range(section, max((brightest for _, brightest in parts), default=0))
@@ -204,7 +206,7 @@ def _count(rgb, x0, y0, centers, conics, half_height):  # type: ignore[no-untype
 
 
 @numba.njit(nogil=True, cache=True)
-def _summarise(rings, od):  # type: ignore[no-untyped-def]
+def _summarize(rings, od):  # type: ignore[no-untyped-def]
     """``(n, n_fields, 3, 11)`` statistics of the nested fields; ``od`` falls as the intensity rises."""
     n, n_fields, _, n_levels = rings.shape
     found = np.full((n, n_fields, 3, 11), np.nan)

@@ -60,7 +60,7 @@ class Windows(NamedTuple):
         return Boxes(top, bottom, left, right)
 
 
-def place_windows(section: Section, levels: int, image_size: int, field: float) -> Windows:
+def place_windows(section: Section, levels: int, image_size: int, spot_scale: float) -> Windows:
     """Find the windows of a section's spots.
 
     Box averages come first, as many as fit, and leave a scale from 1 to below 2 (below 1 where the image is coarser
@@ -71,10 +71,10 @@ def place_windows(section: Section, levels: int, image_size: int, field: float) 
     ----------
     section
         The image and the spots.
-    levels, image_size, field
+    levels, image_size, spot_scale
         As in :func:`stpredict.pp.patches`.
     """
-    scale = field * section.diameters[:, None] * 2.0 ** np.arange(levels) / image_size
+    scale = spot_scale * section.diameters[:, None] * 2.0 ** np.arange(levels) / image_size
     halvings = np.maximum(np.floor(np.log2(scale * (1 + _SAME_SCALE))), 0).astype(np.int64)
     scale = scale / 2.0**halvings
     plain = np.abs(scale - 1) <= _SAME_SCALE

@@ -19,7 +19,7 @@ from spatialdata import SpatialData
 
 import stpredict as stp
 
-QUICK: dict[str, Any] = {"n_permutations": 0, "n_bootstrap": 0}
+QUICK: dict[str, Any] = {"n_perms": 0, "n_bootstrap": 0}
 
 
 def nearest(sdata: SpatialData, *, train_key: str, key_added: str, genes: list[str]) -> None:
@@ -88,7 +88,7 @@ def test_baselines_come_first_and_constants_have_no_per_gene_correlation(sdata: 
     names = list(pd.unique(cv["model"]))
     assert names == [
         "mean of training spots", "mean of held-out section (oracle)", "position", "ridge on mean OD",
-        "ridge on colour statistics", "nsl",
+        "ridge on color statistics", "nsl",
     ]  # fmt: skip
     assert list(pd.unique(cv.loc[cv["baseline"], "model"])) == names[:-1]
     per_section = cv[(cv["of"] == "gene") & cv["section"].isin(["A", "B", "C"])]
@@ -208,7 +208,7 @@ def test_highly_variable_genes_are_found_anew(make_sdata: Callable[..., SpatialD
 @pytest.mark.parametrize("split", ["groups", "blocks"])
 def test_the_layer_scores_as_the_frame_does(sdata: SpatialData, split: str) -> None:
     cv = cross_validate(sdata, split=split, n_folds=2, margin=0, baselines=False)
-    scores = stp.tl.score(sdata, layer="nsl_cv", **QUICK)
+    scores = stp.tl.score(sdata, key="nsl_cv", **QUICK)
     keys = ["of", "name", "section"]
     both = scores.merge(cv, on=keys, suffixes=("", "_cv"))
     assert len(both) == len(scores) == len(cv)

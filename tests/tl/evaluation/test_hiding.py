@@ -41,7 +41,7 @@ def make(table: ad.AnnData, genes: Any = None, protocol: str = "default") -> Fol
     return fold_data(table, table.X, counts, FOLD, genes, plan)
 
 
-def test_hidden_rows_are_nan_in_modelled_genes_and_empty_elsewhere(table: ad.AnnData) -> None:
+def test_hidden_rows_are_nan_in_modeled_genes_and_empty_elsewhere(table: ad.AnnData) -> None:
     data = make(table, "panel")
     visible = data.visible.toarray()
     names = list(table.var_names[data.columns])

@@ -16,7 +16,7 @@ from stpredict.tl.evaluation.numbers._metrics import (
     gene_metrics,
     mean_of_known,
     morans_i,
-    neighbour_graph,
+    neighbor_graph,
     ranks,
     spot_metrics,
 )
@@ -47,7 +47,7 @@ def test_scores_are_those_of_scipy_and_sklearn(values: np.ndarray) -> None:
     measured, predicted = values
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        found = gene_metrics(measured, predicted, neighbour_graph(line(measured.shape[1])))
+        found = gene_metrics(measured, predicted, neighbor_graph(line(measured.shape[1])))
 
     for gene, (x, y) in enumerate(zip(measured, predicted, strict=True)):
         x, y = (side[np.isfinite(x) & np.isfinite(y)] for side in (x, y))
@@ -68,7 +68,7 @@ def test_scores_are_those_of_scipy_and_sklearn(values: np.ndarray) -> None:
 @settings(deadline=None)
 @given(VALUES)
 def test_spots_are_scored_like_genes(values: np.ndarray) -> None:
-    of_genes = gene_metrics(values[0], values[1], neighbour_graph(line(values.shape[2])))
+    of_genes = gene_metrics(values[0], values[1], neighbor_graph(line(values.shape[2])))
     of_spots = spot_metrics(values[0], values[1])
     assert sorted(of_spots) == ["n", "pcc", "rmse"]
     for name, found in of_spots.items():
@@ -91,10 +91,10 @@ def test_morans_i_is_that_of_squidpy(xy: np.ndarray) -> None:
     rng = np.random.default_rng(0)
     values = np.cumsum(rng.normal(size=(len(xy), 9)), axis=0)
     table = AnnData(values, obsm={"spatial": xy})
-    table.obsp["spatial_connectivities"] = neighbour_graph(xy)
+    table.obsp["spatial_connectivities"] = neighbor_graph(xy)
     sq.gr.spatial_autocorr(table, mode="moran")
     expected = table.uns["moranI"]["I"].reindex(table.var_names)
-    np.testing.assert_allclose(morans_i(values.T, neighbour_graph(xy)), expected, rtol=1e-10)
+    np.testing.assert_allclose(morans_i(values.T, neighbor_graph(xy)), expected, rtol=1e-10)
 
 
 def test_morans_i_leaves_missing_spots_out() -> None:
@@ -102,20 +102,20 @@ def test_morans_i_leaves_missing_spots_out() -> None:
     values = rng.normal(size=(3, len(SQUARE)))
     missing = np.zeros(values.shape, dtype=bool)
     missing[0, [0, 8, 9]], missing[1, 20:30] = True, True
-    found = morans_i(np.where(missing, np.nan, values), neighbour_graph(SQUARE))
+    found = morans_i(np.where(missing, np.nan, values), neighbor_graph(SQUARE))
     for gene, row in enumerate(values):
         there = ~missing[gene]
         table = AnnData(row[there, None], obsm={"spatial": SQUARE[there]})
-        table.obsp["spatial_connectivities"] = neighbour_graph(SQUARE)[there][:, there]
+        table.obsp["spatial_connectivities"] = neighbor_graph(SQUARE)[there][:, there]
         sq.gr.spatial_autocorr(table, mode="moran")
         np.testing.assert_allclose(found[gene], table.uns["moranI"]["I"].iloc[0])
 
 
 @pytest.mark.parametrize(("xy", "most"), [(SQUARE, 8), (HEXAGONAL, 6)], ids=["square", "hexagonal"])
 @pytest.mark.parametrize("scale", [1.0, 137.0])
-def test_neighbours_are_those_of_squidpy(xy: np.ndarray, most: int, scale: float) -> None:
+def test_neighbors_are_those_of_squidpy(xy: np.ndarray, most: int, scale: float) -> None:
     scattered = (xy + np.random.default_rng(0).normal(0, 0.02, xy.shape)) * scale
-    graph = neighbour_graph(scattered)
+    graph = neighbor_graph(scattered)
     assert graph.sum(axis=1).max() == most
     np.testing.assert_array_equal(graph.toarray(), graph.T.toarray())
     table = AnnData(np.zeros((len(xy), 1)), obsm={"spatial": scattered})
@@ -129,7 +129,7 @@ def test_neighbours_are_those_of_squidpy(xy: np.ndarray, most: int, scale: float
 def test_tiny_cases() -> None:
     measured = np.array([[0.0, 1, 2, 3], [0.0, 0, 4, 4], [1.0, 1, 1, 1]])
     predicted = np.array([[1.0, 1, 3, 3], [8.0, 8, 0, 0], [0.0, 1, 2, 3]])
-    found = gene_metrics(measured, predicted, neighbour_graph(line(4)))
+    found = gene_metrics(measured, predicted, neighbor_graph(line(4)))
     np.testing.assert_array_equal(found["n"], [4, 4, 4])
     np.testing.assert_allclose(found["pcc"], [4 / np.sqrt(20), -1, np.nan])
     np.testing.assert_allclose(found["spearman"], [4 / np.sqrt(20), -1, np.nan])
@@ -142,32 +142,32 @@ def test_tiny_cases() -> None:
     np.testing.assert_allclose(found["moran_predicted"], [0.5, 0.5, (0.75 + 0.25 + 0.25 + 0.75) / 5])
 
 
-def test_a_constant_is_recognised_whatever_its_value() -> None:
+def test_a_constant_is_recognized_whatever_its_value() -> None:
     # Its mean in floating point is not it, and what is left of it would correlate with something.
     measured = np.full((1, 1001), np.float64(np.float32(0.1)))
     predicted = np.random.default_rng(0).normal(size=(1, 1001))
-    found = gene_metrics(measured, predicted, neighbour_graph(line(1001)))
+    found = gene_metrics(measured, predicted, neighbor_graph(line(1001)))
     assert np.isnan([found[name][0] for name in ("pcc", "spearman", "r2", "variance_ratio", "moran_measured")]).all()
     assert np.isfinite([found[name][0] for name in ("rmse", "mae", "moran_predicted")]).all()
 
 
 def test_values_far_from_zero() -> None:
     x, y = np.random.default_rng(0).normal(size=(2, 1, 50))
-    found = gene_metrics(x + 1e6, y + 1e6, neighbour_graph(line(50)))
+    found = gene_metrics(x + 1e6, y + 1e6, neighbor_graph(line(50)))
     np.testing.assert_allclose(found["pcc"], stats.pearsonr(x[0], y[0]).statistic, rtol=1e-6)
 
 
-def test_spots_without_neighbours_have_no_part_in_morans_i() -> None:
+def test_spots_without_neighbors_have_no_part_in_morans_i() -> None:
     xy = np.vstack([line(6), [[50.0, 50.0]]])
     values = np.array([[1.0, 2, 4, 3, 5, 6, -20]])
     z = values[0] - values.mean()
     lag = np.array([z[1], (z[0] + z[2]) / 2, (z[1] + z[3]) / 2, (z[2] + z[4]) / 2, (z[3] + z[5]) / 2, z[4], 0])
-    np.testing.assert_allclose(morans_i(values, neighbour_graph(xy)), 7 / 6 * (z @ lag) / (z @ z))
+    np.testing.assert_allclose(morans_i(values, neighbor_graph(xy)), 7 / 6 * (z @ lag) / (z @ z))
 
 
 @pytest.mark.parametrize("n", [0, 1, 2])
 def test_graphs_of_few_spots(n: int) -> None:
-    graph = neighbour_graph(line(n))
+    graph = neighbor_graph(line(n))
     assert graph.shape == (n, n)
     assert graph.nnz == (2 if n == 2 else 0)
 

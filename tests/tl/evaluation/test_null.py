@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import kstest
 
 from stpredict.tl.evaluation.numbers import _null as _permutation
-from stpredict.tl.evaluation.numbers._metrics import morans_i, neighbour_graph
+from stpredict.tl.evaluation.numbers._metrics import morans_i, neighbor_graph
 from stpredict.tl.evaluation.numbers._null import permutation_p_values, spatial_modes
 from stpredict.tl.evaluation.runs._parts import Part
 
@@ -24,13 +24,11 @@ def smooth_maps(xy: np.ndarray, length: float, rng: np.random.Generator) -> np.n
     return np.linalg.cholesky(covariance) @ rng.normal(size=(len(xy), N_GENES))
 
 
-def p_values(
-    x: np.ndarray, y: np.ndarray, sections: list[np.ndarray], n_permutations: int = 199, seed: int = 0
-) -> np.ndarray:
+def p_values(x: np.ndarray, y: np.ndarray, sections: list[np.ndarray], n_perms: int = 199, seed: int = 0) -> np.ndarray:
     ends = np.cumsum([0, *(len(xy) for xy in sections)])
     parts = [Part("", "", np.arange(a, b), xy) for a, b, xy in zip(ends[:-1], ends[1:], sections, strict=True)]
     rng = np.random.default_rng(seed)
-    return permutation_p_values(x, y, np.arange(x.shape[1]), parts, n_permutations=n_permutations, rng=rng)
+    return permutation_p_values(x, y, np.arange(x.shape[1]), parts, n_perms=n_perms, rng=rng)
 
 
 def shuffled_p_values(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -88,7 +86,7 @@ def test_modes_are_orthonormal_and_smooth_last() -> None:
     modes = spatial_modes(xy)
     np.testing.assert_allclose(modes.T @ modes, np.eye(len(xy)), atol=1e-5)
     assert np.ptp(modes[:, 0]) < 1e-5
-    smoothness = morans_i(modes[:, 1:].T.astype(float), neighbour_graph(xy))
+    smoothness = morans_i(modes[:, 1:].T.astype(float), neighbor_graph(xy))
     assert smoothness[-10:].min() > 0.6
     assert smoothness[:10].max() < 0
 
@@ -103,7 +101,7 @@ def test_random_maps_have_the_mean_variance_and_smoothness_of_the_map() -> None:
     maps = modes @ (signs * (modes.T @ y).T).T
     np.testing.assert_allclose(maps.mean(axis=0), y.mean(), atol=1e-5)
     np.testing.assert_allclose(maps.std(axis=0), y.std(), rtol=1e-4)
-    graph = neighbour_graph(xy)
+    graph = neighbor_graph(xy)
     np.testing.assert_allclose(morans_i(maps.T, graph), morans_i(y.T, graph)[0], atol=0.12)
     assert morans_i(rng.permuted(y).T, graph)[0] < 0.2 < morans_i(y.T, graph)[0] - 0.5
     assert abs(np.corrcoef(maps.T)[0, 1:]).mean() < 0.5

@@ -50,7 +50,7 @@ def score(sdata: SpatialData, **options: Any) -> pd.DataFrame:
     """Without a warning, and few draws."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        return stp.tl.score(sdata, **({"n_permutations": 19, "n_bootstrap": 50} | options))
+        return stp.tl.score(sdata, **({"n_perms": 19, "n_bootstrap": 50} | options))
 
 
 def sections(frame: pd.DataFrame) -> list[str]:
@@ -94,7 +94,7 @@ def test_a_training_fit_is_warned_of(sdata: SpatialData) -> None:
     table = sdata["table"]
     table.uns["nsl"]["params"] |= {"train_key": "", "n_train": 3 * N}
     with pytest.warns(UserWarning, match="fitted to all spots that it has predictions for.*nothing about new tissue"):
-        frame = stp.tl.score(sdata, n_permutations=0)
+        frame = stp.tl.score(sdata, n_perms=0)
     assert sections(frame) == ["A", "B", "C"]
     assert table.uns["nsl_score"]["spots"] == "training fit"
     assert sections(score(sdata, spots="all")) == ["A", "B", "C"]  # who says so knows
@@ -104,7 +104,7 @@ def test_predictions_of_training_spots_alone(sdata: SpatialData) -> None:
     table = sdata["table"]
     table.layers["nsl"][~table.obs["train"].to_numpy()] = np.nan
     with pytest.warns(UserWarning, match="nothing about new tissue"):
-        assert sections(stp.tl.score(sdata, n_permutations=0)) == ["A"]
+        assert sections(stp.tl.score(sdata, n_perms=0)) == ["A"]
 
 
 def test_a_model_of_other_data(sdata: SpatialData, log: io.StringIO) -> None:
@@ -116,13 +116,13 @@ def test_a_model_of_other_data(sdata: SpatialData, log: io.StringIO) -> None:
 def test_a_layer_that_no_model_wrote(sdata: SpatialData) -> None:
     table = sdata["table"]
     table.layers["mine"] = table.layers["nsl"]
-    assert sections(score(sdata, layer="mine")) == ["A", "B", "C"]
+    assert sections(score(sdata, key="mine")) == ["A", "B", "C"]
 
 
 def test_a_column_that_has_changed_since(sdata: SpatialData) -> None:
     sdata["table"].uns["nsl"]["params"]["n_train"] = 77
     with pytest.warns(UserWarning, match=r"`obs\['train'\]` marks 40 spots, but the model 'nsl' was fitted to 77"):
-        frame = stp.tl.score(sdata, n_permutations=0)
+        frame = stp.tl.score(sdata, n_perms=0)
     assert sections(frame) == ["B", "C"]
     assert sdata["table"].uns["nsl_score"]["spots"] == "not known"
 
@@ -132,7 +132,7 @@ def test_cross_validated_predictions_are_all_out_of_fold(sdata: SpatialData) -> 
     table.layers["nsl_cv"] = table.layers["nsl"]
     table.obs["cv_fold"] = pd.Categorical(table.obs["section"])
     table.uns["nsl_cv"] = {"params": {"model": "nsl", "layer": "X", "cv": "cv_fold"}}
-    assert sections(score(sdata, layer="nsl_cv")) == ["A", "B", "C"]
+    assert sections(score(sdata, key="nsl_cv")) == ["A", "B", "C"]
 
 
 def test_folds_within_a_section_are_scored_apart(sdata: SpatialData) -> None:
@@ -141,7 +141,7 @@ def test_folds_within_a_section_are_scored_apart(sdata: SpatialData) -> None:
     left = np.arange(table.n_obs) % 2 == 0
     table.obs["cv_fold"] = pd.Categorical(np.where(left, "block 1", "block 2"))
     table.uns["nsl_cv"] = {"params": {"model": "nsl", "layer": "X", "cv": "cv_fold"}}
-    found = sections(score(sdata, layer="nsl_cv"))
+    found = sections(score(sdata, key="nsl_cv"))
     assert found == [f"{section} · block {fold}" for fold in (1, 2) for section in "ABC"]
 
 
@@ -152,7 +152,7 @@ def test_a_real_fit_is_scored_on_what_it_has_not_seen(make_sdata: MakeSData) -> 
     assert sections(score(sdata)) == ["B"]
     stp.tl.fit_nsl(sdata)
     with pytest.warns(UserWarning, match="nothing about new tissue"):
-        stp.tl.score(sdata, n_permutations=0)
+        stp.tl.score(sdata, n_perms=0)
 
 
 # Which expression and which genes
@@ -161,18 +161,18 @@ def test_a_real_fit_is_scored_on_what_it_has_not_seen(make_sdata: MakeSData) -> 
 def test_measured_is_what_the_model_was_fitted_to(sdata: SpatialData) -> None:
     table = sdata["table"]
     table.layers["other"] = sp.csr_matrix(np.random.default_rng(3).normal(size=table.shape))
-    expected = score(sdata, measured_layer="other")
+    expected = score(sdata, layer="other")
     table.uns["nsl"]["params"]["layer"] = "other"
     pd.testing.assert_frame_equal(score(sdata), expected)
     assert table.uns["nsl_score"]["measured_layer"] == "other"
-    assert not score(sdata, measured_layer="X").equals(expected)
+    assert not score(sdata, layer="X").equals(expected)
 
 
 def test_counts_against_logarithms_are_no_error(sdata: SpatialData) -> None:
     table = sdata["table"]
     table.layers["counts"] = table.X.copy()
     table.layers["counts"].data = np.round(np.expm1(table.layers["counts"].data))
-    assert score(sdata, measured_layer="counts")["pcc"].notna().any()
+    assert score(sdata, layer="counts")["pcc"].notna().any()
 
 
 def test_genes(sdata: SpatialData, log: io.StringIO) -> None:
@@ -193,7 +193,7 @@ def test_sparse_predictions(sdata: SpatialData) -> None:
     table = sdata["table"]
     table.layers["dense"] = np.nan_to_num(table.layers["nsl"])
     table.layers["sparse"] = sp.csr_matrix(table.layers["dense"])
-    dense, sparse = (score(sdata, layer=layer).drop(columns="model") for layer in ("dense", "sparse"))
+    dense, sparse = (score(sdata, key=layer).drop(columns="model") for layer in ("dense", "sparse"))
     pd.testing.assert_frame_equal(sparse, dense)
 
 
@@ -229,9 +229,9 @@ def test_sections_without_a_name_of_their_own(sdata: SpatialData) -> None:
 
 def test_rows_are_matched_to_places_by_name(sdata: SpatialData) -> None:
     table = sdata["table"]
-    centres = pd.concat(sdata.shapes[f"{s}_spots"].geometry for s in "ABC")
-    table.layers["x"] = np.tile(centres.x.loc[table.obs["spot_id"]].to_numpy()[:, None], (1, table.n_vars))
-    assert score(sdata, layer="x")["moran_predicted"].min() > 0.6  # rows are shuffled, neighbours are not
+    centers = pd.concat(sdata.shapes[f"{s}_spots"].geometry for s in "ABC")
+    table.layers["x"] = np.tile(centers.x.loc[table.obs["spot_id"]].to_numpy()[:, None], (1, table.n_vars))
+    assert score(sdata, key="x")["moran_predicted"].min() > 0.6  # rows are shuffled, neighbours are not
 
 
 # Slots
@@ -242,20 +242,20 @@ def test_what_is_written(sdata: SpatialData) -> None:
     before = snapshot(table)
     frame = score(sdata)
     names = ["pcc", "pcc_pooled", "pcc_low", "pcc_high", "spearman", "rmse", "mae", "r2", "variance_ratio"]
-    names += ["moran_measured", "moran_predicted", "pvalue", "qvalue", "predictable"]
+    names += ["moran_measured", "moran_predicted", "pvals", "pvals_adj", "predictable"]
     assert set(table.var) - set(before[0]) == {f"nsl_{name}" for name in names}
     assert set(table.obs) - set(before[1]) == {"nsl_pcc", "nsl_rmse"}
     assert set(table.uns) - set(before[2]) == {"nsl_score"}
 
     genes = frame[frame["of"] == "gene"].set_index("name")
     mean, pooled = (genes[genes["section"] == section] for section in ("mean of sections", "pooled"))
-    renamed = {"pvalue": "p_value", "qvalue": "q_value"}
+    renamed = {"pvals": "pvals", "pvals_adj": "pvals_adj"}
     for name in names[:-1]:
         expected = pooled["pcc"] if name == "pcc_pooled" else mean[renamed.get(name, name)]
         np.testing.assert_array_equal(table.var.loc[expected.index, f"nsl_{name}"], expected)
         assert table.var[f"nsl_{name}"].iloc[-2:].isna().all()
     assert table.var["nsl_predictable"].dtype == bool
-    expected = (mean["q_value"] <= 0.05) & (mean["pcc"] > 0)
+    expected = (mean["pvals_adj"] <= 0.05) & (mean["pcc"] > 0)
     np.testing.assert_array_equal(table.var.loc[expected.index, "nsl_predictable"], expected)
     assert not table.var["nsl_predictable"].iloc[-2:].any()
 
@@ -267,7 +267,7 @@ def test_what_is_written(sdata: SpatialData) -> None:
     stored = table.uns["nsl_score"]
     assert stored["sections"].tolist() == ["B", "C"]
     assert (stored["layer"], stored["measured_layer"], stored["n_spots"]) == ("nsl", "X", 2 * N)
-    assert (stored["n_permutations"], stored["n_bootstrap"], stored["random_state"]) == (19, 50, 0)
+    assert (stored["n_perms"], stored["n_bootstrap"], stored["random_state"]) == (19, 50, 0)
     summary = stp.tl.summarize(frame, n_bootstrap=50).iloc[0]
     pd.testing.assert_series_equal(pd.Series(stored["summary"]), summary, check_names=False, check_dtype=False)
 
@@ -295,8 +295,8 @@ def test_scores_are_written_over(sdata: SpatialData) -> None:
     assert snapshot(table) == columns
     assert table.var["nsl_pcc"].notna().sum() == 1
     assert table.obs["nsl_pcc"].notna().sum() == 0  # a single gene has no correlation across genes
-    score(sdata, n_permutations=0)
-    assert "nsl_predictable" not in table.var and "nsl_pvalue" not in table.var  # and no old ones
+    score(sdata, n_perms=0)
+    assert "nsl_predictable" not in table.var and "nsl_pvals" not in table.var  # and no old ones
 
 
 def test_key_added_and_not_in_place(sdata: SpatialData) -> None:
@@ -371,7 +371,7 @@ def test_too_few_spots(sdata: SpatialData) -> None:
     fails(sdata, ValueError, r"No section has at least 3 spots to score: there are 4 in the sections", spots="few")
 
 
-@pytest.mark.parametrize("name", ["n_permutations", "n_bootstrap"])
+@pytest.mark.parametrize("name", ["n_perms", "n_bootstrap"])
 @pytest.mark.parametrize("number", [-1, 2.5])
 def test_numbers_that_do_not_fit(sdata: SpatialData, name: str, number: Any) -> None:
     fails(sdata, ValueError, rf"`{name}` is {number}; expected a whole number, at least 0", **{name: number})

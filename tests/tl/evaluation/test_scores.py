@@ -11,7 +11,7 @@ from scipy import stats
 
 from stpredict._data.slots import Halves
 from stpredict.tl.evaluation.numbers import _scores as _scoring
-from stpredict.tl.evaluation.numbers._metrics import morans_i, neighbour_graph
+from stpredict.tl.evaluation.numbers._metrics import morans_i, neighbor_graph
 from stpredict.tl.evaluation.numbers._scores import Scores, score_predictions
 from stpredict.tl.evaluation.runs import _parts
 from stpredict.tl.evaluation.runs._parts import Part
@@ -50,7 +50,7 @@ def run(measured: Any, predicted: Any, **changed: Any) -> Scores:
         "columns": np.arange(4),
         "spots": [f"s{i}" for i in range(41)],
         "parts": PARTS,
-        "n_permutations": 99,
+        "n_perms": 99,
         "n_bootstrap": 200,
         "random_state": 0,
     }
@@ -75,7 +75,7 @@ def test_sections_pooled_and_their_mean(measured: np.ndarray, predicted: np.ndar
         assert row["pcc"] == pytest.approx(stats.pearsonr(x, y).statistic)
         assert row["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
         assert row["rmse"] == pytest.approx(np.sqrt(np.mean((x - y) ** 2)))
-        assert row["moran_measured"] == pytest.approx(morans_i(x[None], neighbour_graph(grid(20)))[0])
+        assert row["moran_measured"] == pytest.approx(morans_i(x[None], neighbor_graph(grid(20)))[0])
     mean, pooled = pick(frame, "ERBB2", "mean of sections"), pick(frame, "ERBB2", "pooled")
     for metric in ("pcc", "rmse", "spearman", "mae", "r2", "variance_ratio", "moran_measured", "moran_predicted"):
         assert mean[metric] == pytest.approx((each["A"][metric] + each["B"][metric]) / 2)
@@ -84,7 +84,7 @@ def test_sections_pooled_and_their_mean(measured: np.ndarray, predicted: np.ndar
     assert pooled["spearman"] == pytest.approx(stats.spearmanr(measured[rows, 1], predicted[rows, 1]).statistic)
     assert mean["n"] == pooled["n"] == 40
     # Neighbours are within sections.
-    graph = sp.csr_matrix(sp.block_diag([neighbour_graph(grid(20))] * 2))
+    graph = sp.csr_matrix(sp.block_diag([neighbor_graph(grid(20))] * 2))
     assert pooled["moran_predicted"] == pytest.approx(morans_i(predicted[rows, 1][None].astype(float), graph)[0])
 
 
@@ -109,7 +109,7 @@ def test_spots(measured: np.ndarray, predicted: np.ndarray) -> None:
         assert spots.loc[f"s{row}", "n"] == known.sum()
         assert spots.loc[f"s{row}", "pcc"] == pytest.approx(stats.pearsonr(x, y).statistic)
         assert spots.loc[f"s{row}", "rmse"] == pytest.approx(np.sqrt(np.mean((x - y) ** 2)))
-    assert spots[["spearman", "mae", "r2", "p_value"]].isna().all(axis=None)
+    assert spots[["spearman", "mae", "r2", "pvals"]].isna().all(axis=None)
 
 
 def test_some_genes(measured: np.ndarray, predicted: np.ndarray) -> None:
@@ -138,11 +138,11 @@ def test_p_and_q_values_are_of_the_mean(measured: np.ndarray, predicted: np.ndar
     frame = run(measured, predicted).frame("m")
     genes = frame[frame["of"] == "gene"]
     mean = genes[genes["section"] == "mean of sections"]
-    assert genes["p_value"].notna().sum() == 4 == mean["p_value"].notna().sum()
-    np.testing.assert_allclose(mean["q_value"], stats.false_discovery_control(mean["p_value"]))
-    assert pick(frame, "ERBB2", "mean of sections")["p_value"] == 0.01
-    none = run(measured, predicted, n_permutations=0).frame("m")
-    assert none[["p_value", "q_value"]].isna().all(axis=None)
+    assert genes["pvals"].notna().sum() == 4 == mean["pvals"].notna().sum()
+    np.testing.assert_allclose(mean["pvals_adj"], stats.false_discovery_control(mean["pvals"]))
+    assert pick(frame, "ERBB2", "mean of sections")["pvals"] == 0.01
+    none = run(measured, predicted, n_perms=0).frame("m")
+    assert none[["pvals", "pvals_adj"]].isna().all(axis=None)
 
 
 def test_genes_without_a_correlation_have_no_q_value() -> None:
@@ -193,8 +193,8 @@ def test_frame(measured: np.ndarray, predicted: np.ndarray) -> None:
             "pcc_of_ceiling",
             "pcc_low",
             "pcc_high",
-            "p_value",
-            "q_value",
+            "pvals",
+            "pvals_adj",
         ),
     ]
     assert len(frame) == 4 * 4 + 40

@@ -29,7 +29,7 @@ def scores(model: str = "nsl", shift: float = 0.0) -> pd.DataFrame:
             rows.append({"of": "gene", "name": gene, "section": section, "group": "", "pcc": mean + shift})
     frame = pd.DataFrame(rows).assign(model=model)
     of_mean = frame["section"] == "mean of sections"
-    frame.loc[of_mean, "q_value"] = [0.2, 0.05, 0.01]
+    frame.loc[of_mean, "pvals_adj"] = [0.2, 0.05, 0.01]
     frame.loc[of_mean, "pcc_of_ceiling"] = [0.3, 0.8, np.nan]
     for label in ("model", "of", "name", "section", "group"):
         frame[label] = frame[label].astype("category")
@@ -72,7 +72,7 @@ def test_some_genes() -> None:
 
 def test_constant_predictions() -> None:
     frame = scores()
-    frame.loc[frame["of"] == "gene", ["pcc", "q_value", "pcc_of_ceiling"]] = np.nan
+    frame.loc[frame["of"] == "gene", ["pcc", "pvals_adj", "pcc_of_ceiling"]] = np.nan
     found = stp.tl.summarize(frame).loc["nsl"]
     assert found["n_genes"] == 3 and found["n_defined"] == 0
     unknown = ["pcc", "pcc_low", "pcc_high", "above_0.3", "predictable", "pcc_of_ceiling"]

@@ -155,7 +155,7 @@ def test_history_picture(sdata: SpatialData) -> None:
     assert "validation" in labels
     np.testing.assert_allclose(np.asarray(ax.lines[1].get_ydata()), model.history["train_loss"])
     with pytest.raises(ValueError, match="no training history"):
-        stp.pl.history(stp.tl.fit_nsl(sdata, field=1.0))  # type: ignore[arg-type]
+        stp.pl.history(stp.tl.fit_nsl(sdata, spot_scale=1.0))  # type: ignore[arg-type]
 
 
 def test_genes_of_the_surroundings_are_predicted_and_noise_is_not() -> None:

@@ -48,7 +48,7 @@ def test_slots(make_sdata: MakeSData) -> None:
     set_transformation(sdata["B_spots"], Translation([100, 0], axes=("x", "y")), "B")
     table = sdata["table"]
     genes = ["gene4", "gene0", "gene7"]
-    model = stp.tl.fit_nsl(sdata, genes=genes, train_key="train", field=1.0)
+    model = stp.tl.fit_nsl(sdata, genes=genes, train_key="train", spot_scale=1.0)
 
     layer = table.layers["nsl"]
     assert layer.dtype == np.float32
@@ -175,7 +175,7 @@ def test_spots_off_the_image_are_left_out_of_the_fit(make_sdata: MakeSData, log:
 def test_spots_that_hold_no_pixel_are_left_out_of_the_fit(make_sdata: MakeSData) -> None:
     sdata = make_sdata(n_spots=48)
     sdata["A_spots"].iloc[:10, sdata["A_spots"].columns.get_loc("radius")] = 0.01
-    model = stp.tl.fit_nsl(sdata, field=1.0)
+    model = stp.tl.fit_nsl(sdata, spot_scale=1.0)
     empty = sdata["table"].obs["n_pixels"].to_numpy() == 0
     assert 0 < empty.sum() <= 10
     assert model.params["n_train"] == 48 - empty.sum()
@@ -210,8 +210,8 @@ def test_macenko_of_unstained_tissue(make_sdata: MakeSData, new_image: Callable[
 
 def test_macenko_of_what_is_no_he(make_sdata: MakeSData, new_image: Callable[..., Any]) -> None:
     sdata = make_sdata()
-    grey = np.random.default_rng(0).integers(20, 200, (1, 290, 330), dtype=np.uint8).repeat(3, axis=0)
-    sdata["A_image"] = new_image(grey, {"A": Identity()})
+    gray = np.random.default_rng(0).integers(20, 200, (1, 290, 330), dtype=np.uint8).repeat(3, axis=0)
+    sdata["A_image"] = new_image(gray, {"A": Identity()})
     with pytest.raises(ValueError, match=r"Macenko's method finds no plausible .* use reference='ruifrok' or give"):
         stp.tl.fit_nsl(sdata, reference="macenko")
 
@@ -245,7 +245,7 @@ def test_refitting_reads_no_pixel(make_sdata: MakeSData) -> None:
     stp.tl.fit_nsl(sdata, train_key="train", stains="shared", pull=0.5, genes=["gene1"], key_added="other")
     stp.tl.predict(sdata, first)
     with pytest.raises(AssertionError, match="pixels were read"):
-        stp.tl.fit_nsl(sdata, field=1.0)
+        stp.tl.fit_nsl(sdata, spot_scale=1.0)
 
 
 # Round trips
@@ -325,7 +325,7 @@ def test_an_interrupted_prediction_leaves_earlier_results(
 
     monkeypatch.setattr(NSL, "predict", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        stp.tl.fit_nsl(sdata, genes=["gene1"], field=1.0)
+        stp.tl.fit_nsl(sdata, genes=["gene1"], spot_scale=1.0)
     assert keys(sdata["table"]) == keys(before)
     np.testing.assert_array_equal(sdata["table"].layers["nsl"], before.layers["nsl"])
     np.testing.assert_array_equal(sdata["table"].obs["n_pixels"], before.obs["n_pixels"])
@@ -496,7 +496,7 @@ def spots_in_pixels(sdata: SpatialData, name: str, ids: Any) -> tuple[np.ndarray
 
 def test_histograms_stand_for_pixels(make_sdata: MakeSData) -> None:
     sdata = make_sdata(n_spots=48)
-    model = stp.tl.fit_nsl(sdata, field=1.5)
+    model = stp.tl.fit_nsl(sdata, spot_scale=1.5)
     centers, radii = spots_in_pixels(sdata, "A_spots", sdata["table"].obs["spot_id"])
     expected = per_pixel(model, sdata["A_image"].data.compute(), centers, 1.5 * radii)
     predicted = sdata["table"].layers["nsl"]

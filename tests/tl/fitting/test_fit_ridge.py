@@ -244,10 +244,10 @@ def test_predictions_on_another_slide(make_sdata: MakeSData, tmp_path: Path, fea
 
 def test_settings_of_the_model_are_used_elsewhere(make_sdata: MakeSData) -> None:
     sdata, other = make_sdata(), make_sdata()
-    stp.pp.color_statistics(sdata, fields=(1, 2))
+    stp.pp.color_statistics(sdata, spot_scale=(1, 2))
     model = stp.tl.fit_ridge(sdata)
     assert len(model.mean) == 66
-    stp.pp.color_statistics(other, fields=(3,))
+    stp.pp.color_statistics(other, spot_scale=(3,))
     stp.tl.predict(other, model)
     np.testing.assert_array_equal(other["table"].layers["ridge"], sdata["table"].layers["ridge"])
     np.testing.assert_array_equal(other["table"].uns["color_statistics"]["fields"], [1, 2])
@@ -267,7 +267,7 @@ def test_a_slide_without_a_table(make_sdata: MakeSData) -> None:
 
 def test_an_encoder_is_given_again(make_sdata: MakeSData, tmp_path: Path) -> None:
     sdata, other = make_sdata(), make_sdata()
-    model = stp.tl.fit_ridge(sdata, features=means, image_size=8, field=1.0)
+    model = stp.tl.fit_ridge(sdata, features=means, image_size=8, spot_scale=1.0)
     again = stp.models.load(model.save(tmp_path / "model"))
     before = keys(other["table"])
     with pytest.raises(ValueError, match="pass it as `encoder`"):
@@ -317,7 +317,7 @@ def test_bad_arguments(sdata: SpatialData, options: dict[str, Any], error: type[
 # Real sections
 
 
-def test_colour_statistics_beat_mean_od_on_a_held_out_section(her2st_dir: Path) -> None:
+def test_color_statistics_beat_mean_od_on_a_held_out_section(her2st_dir: Path) -> None:
     sdata = stp.datasets.her2st(["C2", "C3", "C4"], path=her2st_dir)
     table = sdata["table"]
     table.obs["train"] = (table.obs["section"] != "C4").to_numpy()

@@ -21,7 +21,7 @@ MakeSData = Callable[..., SpatialData]
 @pytest.fixture(scope="module")
 def model(make_sdata: MakeSData) -> NSL:
     """Genes 0 to 5 of one section."""
-    return stp.tl.fit_nsl(make_sdata(n_spots=40), genes=[f"gene{j}" for j in range(6)], field=1.5, bits=4)
+    return stp.tl.fit_nsl(make_sdata(n_spots=40), genes=[f"gene{j}" for j in range(6)], spot_scale=1.5, bits=4)
 
 
 def keys(table: AnnData) -> dict[str, list[str]]:

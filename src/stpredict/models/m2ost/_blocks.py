@@ -61,10 +61,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, dropout: float = 0.0, summary: bo
         out = _cpu.attention(q, k, v)
     else:
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2)
-    return summarise(out) if summary else out
+    return summarize(out) if summary else out
 
 
-def summarise(x: Tensor) -> Tensor:
+def summarize(x: Tensor) -> Tensor:
     """The first token of (batch, tokens, ...), and the mean of all."""
     return torch.stack([x[:, 0], x.mean(1)], dim=1)
 
@@ -165,7 +165,7 @@ class ChannelGate(nn.Module):
 
 
 class Block(nn.Module):
-    """ITMM and a perceptron, CTMM, CCMM; the parameters are those of :class:`stpredict.models.M2OST`."""
+    """ITMM and a perceptron, CTMM, CCMM; the parameters are those of :class:`stpredict.models.M2OSTModule`."""
 
     def __init__(
         self,
@@ -205,7 +205,7 @@ class Block(nn.Module):
         if self.cross is not None:
             x = self.cross(x, summary=class_only)
         elif class_only:
-            x = [summarise(t) for t in x]
+            x = [summarize(t) for t in x]
         if class_only:
             return self.gate([t[:, :1] for t in x], [t[:, 1:] for t in x])
         return self.gate(x, [t.mean(1, keepdim=True) for t in x])

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from stpredict.models import _io
 from stpredict.models._device import resolve_device, resolve_precision
-from stpredict.models.m2ost._module import M2OST
+from stpredict.models.m2ost._module import M2OSTModule
 
 
 class PatchSource(Protocol):
@@ -25,7 +25,7 @@ class PatchSource(Protocol):
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class FittedM2OST(_io.Saveable):
+class M2OST(_io.Saveable):
     """A fitted M2OST model (Wang et al., AAAI 2025, arXiv 2409.15092).
 
     Attributes
@@ -39,12 +39,12 @@ class FittedM2OST(_io.Saveable):
     history
         One value per epoch, by name: training loss, validation loss, validation per-gene PCC, learning rate.
     params
-        What the model was fitted with; ``field`` (spot diameters) says which patches it reads.
+        What the model was fitted with; ``spot_scale`` (spot diameters) says which patches it reads.
     """
 
     kind: ClassVar[str] = "m2ost"
 
-    network: M2OST
+    network: M2OSTModule
     genes: list[str]
     mean: np.ndarray
     scale: np.ndarray
@@ -112,7 +112,7 @@ class FittedM2OST(_io.Saveable):
     @classmethod
     def from_state(cls, header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Self:
         """Rebuild what :meth:`to_state` took apart."""
-        network = M2OST(**header["network"])
+        network = M2OSTModule(**header["network"])
         prefix = "network."
         network.load_state_dict(
             {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
@@ -136,13 +136,13 @@ class FittedM2OST(_io.Saveable):
         Parameters
         ----------
         state_dict
-            Their parameters, as for :meth:`stpredict.models.M2OST.from_authors`.
+            Their parameters, as for :meth:`stpredict.models.M2OSTModule.from_authors`.
         genes
             Names of the outputs, in order.
-        field
+        spot_scale
             Field of view of level 0 in spot diameters; the default is about their 224 pixels on the HER2+ set.
         """
-        network = M2OST.from_authors(state_dict)
+        network = M2OSTModule.from_authors(state_dict)
         n_genes = network.config["n_genes"]
         if len(genes) != n_genes:
             raise ValueError(f"The checkpoint predicts {n_genes} genes, but `genes` has {len(genes)} names.")
@@ -151,7 +151,7 @@ class FittedM2OST(_io.Saveable):
             genes=list(genes),
             mean=np.zeros(n_genes),
             scale=np.ones(n_genes),
-            params={"field": field},
+            params={"spot_scale": field},
         )
 
     def __repr__(self) -> str:

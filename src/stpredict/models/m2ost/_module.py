@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 
-class M2OST(nn.Module):
+class M2OSTModule(nn.Module):
     """Many-to-one regression transformer: images of a spot at several levels to the expression of genes.
 
     Level l shows 2**l times the field of view of level 0, around the same centre, in the same number of pixels.
@@ -224,9 +224,9 @@ class M2OST(nn.Module):
         embedded = []
         for k, embed in enumerate(self.embedders):
             side = size >> k
-            centre = slice((size - side) // 2, (size + side) // 2)
+            center = slice((size - side) // 2, (size + side) // 2)
             # Embedder k serves level k and all coarser ones, in one call.
-            embedded.append(embed(pixels[:, k:, centre, centre]).unbind(1))
+            embedded.append(embed(pixels[:, k:, center, center]).unbind(1))
         first = self.class_token.expand(len(pixels), -1, -1)
         return [
             torch.cat([first, *(embedded[k][level - k] for k in range(level, -1, -1))], dim=1) + positions

@@ -23,7 +23,7 @@ from scanpy import logging as logg
 from stpredict.models._device import resolve_precision
 from stpredict.models.m2ost._batches import Batch, Batches
 from stpredict.models.m2ost._model import PatchSource
-from stpredict.models.m2ost._module import M2OST
+from stpredict.models.m2ost._module import M2OSTModule
 
 # What is recorded of every epoch.
 HISTORY = ("train_loss", "val_loss", "val_pcc", "learning_rate")
@@ -78,7 +78,7 @@ class NonFiniteLoss(ArithmeticError):
 
 
 def train(
-    network: M2OST,
+    network: M2OSTModule,
     data: Data,
     recipe: Recipe,
     *,
@@ -87,7 +87,7 @@ def train(
     precision: str = "auto",
     checkpoint_dir: Path | None = None,
     trainer_kwargs: Mapping[str, Any] | None = None,
-) -> tuple[M2OST, dict[str, np.ndarray]]:
+) -> tuple[M2OSTModule, dict[str, np.ndarray]]:
     """Train a network.
 
     Parameters
@@ -174,7 +174,7 @@ class _Training(L.LightningModule):
     history: torch.Tensor
     best_loss: torch.Tensor
 
-    def __init__(self, network: M2OST, data: Data, recipe: Recipe, seed: int) -> None:
+    def __init__(self, network: M2OSTModule, data: Data, recipe: Recipe, seed: int) -> None:
         super().__init__()
         self.network = copy.deepcopy(network)
         self.best = copy.deepcopy(network).requires_grad_(False)

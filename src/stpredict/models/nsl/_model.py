@@ -12,7 +12,7 @@ import torch
 
 from stpredict.models import _io
 from stpredict.models._device import resolve_device
-from stpredict.models.nsl._solver import ColorFractions, merge_rare_colours, solve
+from stpredict.models.nsl._solver import ColorFractions, merge_rare_colors, solve
 from stpredict.models.nsl._stains import unmixing
 
 # Numbers in the largest temporary of a prediction: 256 MB.
@@ -57,7 +57,7 @@ class NSL(_io.Saveable):
     reference
         ``(3, 3)`` the stain matrix that the fit started from and was pulled to.
     params
-        What the model was fitted with; ``bits`` and ``field`` say which histograms it reads.
+        What the model was fitted with; ``bits`` and ``spot_scale`` say which histograms it reads.
     """
 
     kind: ClassVar[str] = "nsl"
@@ -110,10 +110,10 @@ class NSL(_io.Saveable):
         device = resolve_device(device)
         mean = expression.mean(axis=0, dtype=np.float64)
         scale = expression.std(axis=0, dtype=np.float64)
-        standardised = torch.from_numpy((expression - mean) / scale).to(device)
+        standardized = torch.from_numpy((expression - mean) / scale).to(device)
         solution = solve(
-            ColorFractions(*merge_rare_colours(fractions, od), device),
-            standardised,
+            ColorFractions(*merge_rare_colors(fractions, od), device),
+            standardized,
             torch.tensor(reference, dtype=torch.float64, device=device),
             shared=stains == "shared",
             pull=pull,
@@ -201,7 +201,7 @@ class NSL(_io.Saveable):
         for name, shape in cls._shapes(len(header["genes"])).items():
             if tuple(tensors[name].shape) != shape:
                 raise ValueError(f"{name} has the shape {tuple(tensors[name].shape)}, expected {shape}")
-        if missing := {"bits", "field"} - set(header["params"]):
+        if missing := {"bits", "spot_scale"} - set(header["params"]):
             raise ValueError(f"params lack {sorted(missing)}")
         return cls(
             genes=list(header["genes"]),
@@ -229,7 +229,7 @@ class NSL(_io.Saveable):
         ended = "all converged" if n_stuck == 0 else f"{n_stuck} not converged"
         return (
             f"NSL of {len(self.genes)} genes ({self.params.get('stains', 'per_gene')} stains, field of "
-            f"{self.params.get('field', '?')} spot diameters)\n"
+            f"{self.params.get('spot_scale', '?')} spot diameters)\n"
             f"  fit: {ended}, median of {int(np.median(self.n_iter))} steps; "
             f"explains {100 * (1 - np.median(self.loss)):.1f} % of a gene's variance on training spots (median)"
         )

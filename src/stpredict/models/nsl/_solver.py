@@ -81,7 +81,7 @@ class ColorFractions:
         return torch.from_numpy(self._fractions[rows].toarray()).to(self._device)
 
 
-def merge_rare_colours(
+def merge_rare_colors(
     fractions: sp.csr_matrix, od: np.ndarray, *, at_most: int = MAX_COLOURS
 ) -> tuple[sp.csr_matrix, np.ndarray]:
     """Count the rarest colours as the nearest of the others; a fit costs by the number of colours.
@@ -243,7 +243,7 @@ def _evaluate(
     basis[:, :3, 0], basis[:, 3:, 1] = unmix[..., 0], unmix[..., 1]
     features = basis.transpose(1, 2) @ gram @ basis
     target = (cross[:, None, :] @ basis)[:, 0]
-    weights = (torch.linalg.inv(_regularised(features)) @ target[..., None])[..., 0]
+    weights = (torch.linalg.inv(_regularized(features)) @ target[..., None])[..., 0]
     explained = 2 * (weights * target).sum(-1) - (weights[:, None] @ features @ weights[..., None])[:, 0, 0]
     loss = 1 - explained
     data_term = (loss + _NO_NOISE).log()
@@ -293,7 +293,7 @@ def _step(state: _State, damping: torch.Tensor, reference: torch.Tensor, pull: f
     gradient = (residual[:, None] @ jacobian)[:, 0]
     gram_jacobian = state.gram @ jacobian
     coupling = state.basis.transpose(1, 2) @ gram_jacobian
-    features = _regularised(state.basis.transpose(1, 2) @ state.gram @ state.basis)
+    features = _regularized(state.basis.transpose(1, 2) @ state.gram @ state.basis)
     hessian = jacobian.transpose(1, 2) @ gram_jacobian - coupling.transpose(1, 2) @ torch.linalg.solve(
         features, coupling
     )
@@ -315,7 +315,7 @@ def _tangent(stains: torch.Tensor) -> torch.Tensor:
     return torch.stack([first, torch.linalg.cross(stains, first)], dim=-1)
 
 
-def _regularised(features: torch.Tensor) -> torch.Tensor:
+def _regularized(features: torch.Tensor) -> torch.Tensor:
     scale = features.diagonal(dim1=1, dim2=2).amax(-1)
     eye = torch.eye(2, dtype=features.dtype, device=features.device)
     return features + (_RIDGE * scale + 1e-12)[:, None, None] * eye

@@ -21,10 +21,10 @@ from stpredict.tl.fitting._targets import fitted_to
 from stpredict.tl.fitting._validation import validation_mask
 
 if TYPE_CHECKING:
-    from stpredict.models.m2ost._model import FittedM2OST
+    from stpredict.models.m2ost._model import M2OST
 
 # About the authors' 224 pixels on the HER2+ set: spots of 145 pixels.
-DEFAULT_FIELD = 1.54
+DEFAULT_SPOT_SCALE = 1.54
 _MIN_SPOTS = 16
 
 
@@ -36,7 +36,7 @@ def fit_m2ost(
     layer: str | None = None,
     preset: str = "small",
     network_kwargs: Mapping[str, Any] | None = None,
-    field: float = DEFAULT_FIELD,
+    spot_scale: float = DEFAULT_SPOT_SCALE,
     recipe: str = "default",
     max_epochs: int | None = None,
     batch_size: int | None = None,
@@ -57,7 +57,7 @@ def fit_m2ost(
     trainer_kwargs: Mapping[str, Any] | None = None,
     random_state: int = 0,
     inplace: bool = True,
-) -> FittedM2OST:
+) -> M2OST:
     """Train M2OST, a transformer that looks at each spot at several scales at once.
 
     Parameters
@@ -70,8 +70,8 @@ def fit_m2ost(
     preset
         Size of the network: ``"tiny"`` (minutes on a laptop), ``"small"`` (the published one), ``"base"``, ``"large"``.
     network_kwargs
-        Other parameters of :class:`stpredict.models.M2OST`, such as ``levels``, ``depth``, ``dropout``, ``mask_ratio``.
-    field
+        Other parameters of :class:`stpredict.models.M2OSTModule`, such as ``levels``, ``depth``, ``dropout``, ``mask_ratio``.
+    spot_scale
         Field of view of level 0 in spot diameters; level l sees 2^l times as much.
     recipe
         ``"default"`` (AdamW, warm-up, cosine, 30 epochs, batches of 8; measured in the documentation's page on M2OST) or
@@ -144,8 +144,8 @@ def fit_m2ost(
 
     from stpredict.models._device import resolve_precision
     from stpredict.models.m2ost import _training
-    from stpredict.models.m2ost._model import FittedM2OST
-    from stpredict.models.m2ost._module import M2OST
+    from stpredict.models.m2ost._model import M2OST
+    from stpredict.models.m2ost._module import M2OSTModule
 
     if recipe not in _training.RECIPES:
         raise ValueError(f"`recipe` is {recipe!r}; expected one of {list(_training.RECIPES)}.")
@@ -185,7 +185,7 @@ def fit_m2ost(
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random_state)
-        network = M2OST.from_preset(preset, len(targets.genes), **(network_kwargs or {}))
+        network = M2OSTModule.from_preset(preset, len(targets.genes), **(network_kwargs or {}))
     learning = targets.values[~is_validation].astype(np.float64)
     mean, scale = learning.mean(axis=0), learning.std(axis=0)
     scale[scale == 0] = 1.0  # constant outside the validation spots
@@ -193,7 +193,7 @@ def fit_m2ost(
         **_training.as_settings(plan),
         "recipe": recipe,
         "preset": preset,
-        "field": float(field),
+        "spot_scale": float(spot_scale),
         **fitted_to(table, layer, train_key),
         "n_train": int((~is_validation).sum()),
         "n_validation": int(is_validation.sum()),
@@ -207,18 +207,18 @@ def fit_m2ost(
         sections,
         levels=network.config["levels"],
         image_size=network.config["image_size"],
-        field=field,
+        spot_scale=spot_scale,
         store=store,
     )
     with patches:
         position = np.full(table.n_obs, -1)
         position[patches.rows] = np.arange(len(patches))
-        standardised = np.zeros((len(patches), len(targets.genes)), dtype=np.float32)
-        standardised[position[targets.rows]] = (targets.values - mean) / scale
+        standardized = np.zeros((len(patches), len(targets.genes)), dtype=np.float32)
+        standardized[position[targets.rows]] = (targets.values - mean) / scale
         network, history = _training.train(
             network,
             _training.Data(
-                patches, standardised, position[targets.rows[~is_validation]], position[targets.rows[is_validation]]
+                patches, standardized, position[targets.rows[~is_validation]], position[targets.rows[is_validation]]
             ),
             plan,
             random_state=random_state,
@@ -227,7 +227,7 @@ def fit_m2ost(
             checkpoint_dir=folder,
             trainer_kwargs=trainer_kwargs,
         )
-        model = FittedM2OST(network, targets.genes, mean, scale, history, settings)
+        model = M2OST(network, targets.genes, mean, scale, history, settings)
         if inplace:
             predicted = np.full((table.n_obs, len(targets.genes)), np.nan, dtype=np.float32)
             predicted[patches.rows] = model.predict(patches, device=device, precision=precision)
@@ -235,7 +235,7 @@ def fit_m2ost(
     return model
 
 
-def write_m2ost(table: AnnData, key: str, model: FittedM2OST, predicted: np.ndarray) -> None:
+def write_m2ost(table: AnnData, key: str, model: M2OST, predicted: np.ndarray) -> None:
     """Write predictions, history and parameters; the weights stay with the model."""
     slots.write_predictions(
         table, key, model.genes, predicted, {"history": model.history, "params": {"model": model.kind, **model.params}}

@@ -11,7 +11,7 @@ from scanpy import logging as logg
 from spatialdata import SpatialData
 
 from stpredict._data import slots
-from stpredict.pp._histogram import DEFAULT_BITS, DEFAULT_FIELD, ColorHistogram, cached_color_histogram
+from stpredict.pp._histogram import DEFAULT_BITS, DEFAULT_SPOT_SCALE, ColorHistogram, cached_color_histogram
 from stpredict.tl.fitting._inputs import read_inputs
 from stpredict.tl.fitting._targets import fitted_to, read_targets
 
@@ -31,7 +31,7 @@ def fit_nsl(
     stains: Literal["per_gene", "shared"] = "per_gene",
     reference: Literal["ruifrok", "macenko"] | np.ndarray = "ruifrok",
     pull: float = 0.1,
-    field: float = DEFAULT_FIELD,
+    spot_scale: float = DEFAULT_SPOT_SCALE,
     bits: int = DEFAULT_BITS,
     tol: float = 1e-5,
     max_iter: int = 100,
@@ -47,7 +47,7 @@ def fit_nsl(
 
     A stain matrix and two weights per gene are fitted to the colours under the training spots, all genes at once; see
     :class:`stpredict.models.NSL` for the model and for what the data can and cannot determine. The colours come from
-    :func:`stpredict.pp.color_histogram`; when the table holds histograms of the same images, ``bits`` and ``field``, no
+    :func:`stpredict.pp.color_histogram`; when the table holds histograms of the same images, ``bits`` and ``spot_scale``, no
     pixel is read (recompute them with that function if you changed an image's pixels in place). Nothing is random: the
     same data give the same model.
 
@@ -73,7 +73,7 @@ def fit_nsl(
         Weight of the squared distance between learned and reference stain matrix beside the logarithm of the mean
         squared error, so that a gene with a clear signal is pulled less than a noisy one. The default did best in
         cross-validation between three sections of the HER2+ set, where 0.01 to 1 hardly differ.
-    field
+    spot_scale
         Diameter of the round field of view in spot diameters.
     bits
         Bits per colour channel of the histograms.
@@ -147,7 +147,7 @@ def fit_nsl(
         coordinate_system=coordinate_system,
         device=device,
     )
-    histogram = cached_color_histogram(sections, table, bits=bits, field=field)
+    histogram = cached_color_histogram(sections, table, bits=bits, spot_scale=spot_scale)
     seen = histogram.n_pixels > 0
     if not seen[targets.rows].all():  # spots smaller than a pixel
         targets = read_targets(table, targets.rows[seen[targets.rows]], genes=genes, layer=layer, min_spots=_MIN_SPOTS)
@@ -169,7 +169,7 @@ def fit_nsl(
             "stains": stains,
             "reference": reference if isinstance(reference, str) else "given",
             "pull": float(pull),
-            "field": float(field),
+            "spot_scale": float(spot_scale),
             "bits": int(bits),
             "tol": float(tol),
             "max_iter": int(max_iter),

@@ -13,7 +13,7 @@ from spatialdata import SpatialData
 from stpredict._data import slots
 from stpredict._data.slide import read_table
 from stpredict.pp._features import Encoder, Features, choose_sources, needs_image, read_features, write_made
-from stpredict.pp._patches import DEFAULT_FIELD
+from stpredict.pp._patches import DEFAULT_SPOT_SCALE
 from stpredict.tl.fitting._inputs import read_inputs
 from stpredict.tl.fitting._targets import fitted_to, read_targets
 
@@ -35,7 +35,7 @@ def fit_ridge(
     n_components: int | None = 256,
     alpha: float | Literal["gcv", "hest"] = "gcv",
     image_size: int = 224,
-    field: float = DEFAULT_FIELD,
+    spot_scale: float = DEFAULT_SPOT_SCALE,
     key_added: str = "ridge",
     image_key: str | Mapping[str, str] | None = None,
     shapes_key: str | Sequence[str] | None = None,
@@ -74,7 +74,7 @@ def fit_ridge(
     alpha
         The penalty. ``"gcv"`` chooses one for each gene by generalised cross-validation on the training spots, ``"hest"`` takes
         that of HEST-bench, 100 / (features after reduction x genes), which hardly penalises; a number is taken as it is.
-    image_size, field
+    image_size, spot_scale
         Pixels of an encoder's patches and their field of view in spot diameters, as in :func:`stpredict.pp.patches`.
     key_added
         Where the results go.
@@ -133,7 +133,9 @@ def fit_ridge(
     is_number = isinstance(alpha, int | float | np.number) and not isinstance(alpha, bool)
     if not (alpha in ("gcv", "hest") if isinstance(alpha, str) else is_number and 0 <= alpha < np.inf):
         raise ValueError(f"`alpha` is {alpha!r}; expected 'gcv', 'hest' or a number that is not negative.")
-    sources, encoder = choose_sources(read_table(sdata, table_key)[1], features, image_size=image_size, field=field)
+    sources, encoder = choose_sources(
+        read_table(sdata, table_key)[1], features, image_size=image_size, spot_scale=spot_scale
+    )
     table, sections, training, targets, device = read_inputs(
         sdata,
         genes=genes,

@@ -38,12 +38,12 @@ def macenko(histogram: ColorHistogram, rows: np.ndarray) -> np.ndarray:
     bins = np.searchsorted(np.cumsum(weight) / weight.sum(), quantiles)
     centers = histogram.codebook.astype(np.uint8) + 2 ** (8 - histogram.bits) // 2
     pixels = centers[np.minimum(bins, len(centers) - 1)].T.reshape(3, _SIDE, _SIDE).astype(np.uint8)
-    colours = SpatialData(
+    colors = SpatialData(
         images={"colours": Image2DModel.parse(pixels, dims=("c", "y", "x"), c_coords=["r", "g", "b"])},
         labels={"tissue": Labels2DModel.parse(np.ones((_SIDE, _SIDE), dtype=np.int32), dims=("y", "x"))},
     )
     try:
-        found = sq.experimental.im.fit_stain_reference(colours, "colours", method="macenko", tissue_mask_key="tissue")
+        found = sq.experimental.im.fit_stain_reference(colors, "colours", method="macenko", tissue_mask_key="tissue")
     except (RuntimeError, ValueError) as error:
         raise ValueError(
             f"Macenko's method finds no plausible hematoxylin and eosin in the training spots ({error}); use "

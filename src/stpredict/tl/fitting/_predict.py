@@ -19,12 +19,12 @@ from stpredict.tl.fitting._fit_nsl import color_fractions, write_nsl
 from stpredict.tl.fitting._fit_ridge import write_ridge
 
 if TYPE_CHECKING:
-    from stpredict.models import NSL, FittedM2OST, Ridge
+    from stpredict.models import M2OST, NSL, Ridge
 
 
 def predict(
     sdata: SpatialData,
-    model: NSL | FittedM2OST | Ridge,
+    model: NSL | M2OST | Ridge,
     *,
     encoder: Encoder | None = None,
     key_added: str | None = None,
@@ -76,10 +76,10 @@ def predict(
     >>> "nsl" in new["table"].layers
     True
     """
-    from stpredict.models import NSL, FittedM2OST, Ridge
+    from stpredict.models import M2OST, NSL, Ridge
     from stpredict.models._device import resolve_device
 
-    if not isinstance(model, NSL | FittedM2OST | Ridge):
+    if not isinstance(model, NSL | M2OST | Ridge):
         raise TypeError(f"Expected a fitted model, got {type(model).__name__}; load one with `stp.models.load(path)`.")
     if encoder is not None and not isinstance(model, Ridge):
         raise ValueError(f"`encoder` is given, but a model of kind {model.kind!r} reads no encoder's features.")
@@ -104,7 +104,7 @@ def predict(
     slots.check_overlap(table, model.genes)
     if isinstance(model, NSL):
         _predict_nsl(sections, table, key, model, device)
-    elif isinstance(model, FittedM2OST):
+    elif isinstance(model, M2OST):
         _predict_m2ost(sections, table, key, model, device)
     else:
         if encoder is not None:
@@ -126,18 +126,18 @@ def predict(
 
 
 def _predict_nsl(sections: Sequence[Section], table: AnnData, key: str, model: NSL, device: str) -> None:
-    bits, field = int(model.params["bits"]), float(model.params["field"])
-    histogram = cached_color_histogram(sections, table, bits=bits, field=field)
+    bits, spot_scale = int(model.params["bits"]), float(model.params["spot_scale"])
+    histogram = cached_color_histogram(sections, table, bits=bits, spot_scale=spot_scale)
     predicted = model.predict(color_fractions(histogram), histogram.od, device=device)
     slots.write_color_histogram(table, histogram)
     write_nsl(table, key, model, predicted, histogram.n_pixels > 0)
 
 
-def _predict_m2ost(sections: Sequence[Section], table: AnnData, key: str, model: FittedM2OST, device: str) -> None:
+def _predict_m2ost(sections: Sequence[Section], table: AnnData, key: str, model: M2OST, device: str) -> None:
     config = model.network.config
     predicted = np.full((table.n_obs, len(model.genes)), np.nan, dtype=np.float32)
     with extract(
-        sections, levels=config["levels"], image_size=config["image_size"], field=float(model.params["field"])
+        sections, levels=config["levels"], image_size=config["image_size"], spot_scale=float(model.params["spot_scale"])
     ) as patches:
         predicted[patches.rows] = model.predict(patches, device=device)
     write_m2ost(table, key, model, predicted)

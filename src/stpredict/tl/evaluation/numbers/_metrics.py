@@ -12,7 +12,7 @@ from scipy.spatial import cKDTree
 _REACH = 1.6
 
 
-def neighbour_graph(xy: np.ndarray) -> sp.csr_matrix:
+def neighbor_graph(xy: np.ndarray) -> sp.csr_matrix:
     """``(n, n)`` 1 for neighbouring spots: 8 neighbours on a square grid, 6 on a hexagonal one."""
     from sklearn.neighbors import radius_neighbors_graph
 
@@ -97,10 +97,10 @@ class Pairs:
             both = np.isfinite(x) & np.isfinite(y)
         self.both = None if both.all() else both
         self.n = both.sum(axis=-1)
-        self.x, self.xc, self.x_varies = self._centre(x)
-        self.y, self.yc, self.y_varies = self._centre(y)
+        self.x, self.xc, self.x_varies = self._center(x)
+        self.y, self.yc, self.y_varies = self._center(y)
 
-    def _centre(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _center(self, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         if self.both is None:
             varies = values.min(axis=-1) < values.max(axis=-1)
             return values, values - values.mean(axis=-1, keepdims=True), varies
@@ -125,19 +125,19 @@ def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.einsum("...n,...n->...", a, b)
 
 
-def _morans_i(centred: np.ndarray, both: np.ndarray | None, graph: sp.csr_matrix) -> np.ndarray:
+def _morans_i(centered: np.ndarray, both: np.ndarray | None, graph: sp.csr_matrix) -> np.ndarray:
     """Of rows that are 0 where a value is missing; spots without neighbours have no weight."""
-    columns = np.ascontiguousarray(centred.T)
+    columns = np.ascontiguousarray(centered.T)
     if both is None:
-        n_neighbours = np.asarray(graph.sum(axis=1)).reshape(-1, 1)
-        lag = sp.diags_array(1 / np.maximum(n_neighbours.ravel(), 1)) @ graph @ columns
-        n = np.array(float(len(n_neighbours)))
+        n_neighbors = np.asarray(graph.sum(axis=1)).reshape(-1, 1)
+        lag = sp.diags_array(1 / np.maximum(n_neighbors.ravel(), 1)) @ graph @ columns
+        n = np.array(float(len(n_neighbors)))
     else:
-        n_neighbours = (graph @ both.T.astype(np.float64)) * both.T
-        lag = graph @ columns / np.maximum(n_neighbours, 1)
+        n_neighbors = (graph @ both.T.astype(np.float64)) * both.T
+        lag = graph @ columns / np.maximum(n_neighbors, 1)
         n = both.sum(axis=-1)
-    weight = (n_neighbours > 0).sum(axis=0)
-    return n / weight * np.einsum("ng,ng->g", columns, lag) / _dot(centred, centred)
+    weight = (n_neighbors > 0).sum(axis=0)
+    return n / weight * np.einsum("ng,ng->g", columns, lag) / _dot(centered, centered)
 
 
 @numba.njit(nogil=True, cache=True)

@@ -30,7 +30,7 @@ def permutation_p_values(
     columns: np.ndarray,
     parts: Sequence[Part],
     *,
-    n_permutations: int,
+    n_perms: int,
     rng: np.random.Generator,
 ) -> np.ndarray:
     """How often the mean over sections of a gene's PCC is reached by chance, one-sided.
@@ -45,7 +45,7 @@ def permutation_p_values(
         ``G`` genes to test.
     parts
         Sections.
-    n_permutations
+    n_perms
         Random maps; all genes share them.
     rng
         Randomness.
@@ -54,13 +54,13 @@ def permutation_p_values(
     -------
     ``(G,)`` (1 + draws that reach the observed mean) / (1 + draws); NaN where no section has a PCC.
     """
-    total = np.zeros((n_permutations + 1, len(columns)), dtype=np.float32)
+    total = np.zeros((n_perms + 1, len(columns)), dtype=np.float32)
     n_defined = np.zeros(len(columns), dtype=np.int64)
     for part in tqdm(parts, desc="Permutations", delay=2, leave=False):
         n_spots = min(len(part.rows), _MAX_SPOTS)
         taken = np.sort(rng.choice(len(part.rows), n_spots, replace=False))
         modes = spatial_modes(part.xy[taken])
-        signs = rng.choice(np.array([-1, 1], dtype=np.float32), size=(n_permutations + 1, n_spots))
+        signs = rng.choice(np.array([-1, 1], dtype=np.float32), size=(n_perms + 1, n_spots))
         signs[0] = 1  # what was observed
         rows = part.rows[taken]
         x, y = by_gene(measured, rows, columns), by_gene(predicted, rows, columns)
@@ -71,7 +71,7 @@ def permutation_p_values(
             n_defined[genes] += defined
     mean = total / np.maximum(n_defined, 1)
     reached = (mean[1:] >= mean[0] - _ROUNDING).sum(axis=0)
-    return np.where(n_defined > 0, (1 + reached) / (1 + n_permutations), np.nan)
+    return np.where(n_defined > 0, (1 + reached) / (1 + n_perms), np.nan)
 
 
 def spatial_modes(xy: np.ndarray) -> np.ndarray:

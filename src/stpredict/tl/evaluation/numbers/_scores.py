@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from stpredict._data.slots import Halves
 from stpredict.tl.evaluation.numbers._bootstrap import bootstrap_interval
-from stpredict.tl.evaluation.numbers._metrics import gene_metrics, mean_of_known, neighbour_graph, spot_metrics
+from stpredict.tl.evaluation.numbers._metrics import gene_metrics, mean_of_known, neighbor_graph, spot_metrics
 from stpredict.tl.evaluation.numbers._null import permutation_p_values
 from stpredict.tl.evaluation.runs._noise_ceiling import ceiling, mean_halves
 from stpredict.tl.evaluation.runs._parts import MEAN, Matrix, Part, by_gene, by_spot, slices
@@ -32,7 +32,7 @@ METRICS = (
     "moran_predicted",
 )
 OF_SPOTS = ("n", "pcc", "rmse")
-_COLUMNS = (*METRICS, "ceiling", "pcc_of_ceiling", "pcc_low", "pcc_high", "p_value", "q_value")
+_COLUMNS = (*METRICS, "ceiling", "pcc_of_ceiling", "pcc_low", "pcc_high", "pvals", "pvals_adj")
 _LABELS = ("model", "of", "name", "section", "group")
 
 
@@ -51,7 +51,7 @@ class Scores:
     by_part, mean, pooled
         :data:`METRICS` and ``ceiling``, ``pcc_of_ceiling`` by name: ``(S, G)`` in each part, ``(G,)`` the mean over the parts
         where a score is defined (``n``: their sum), and ``(G,)`` across the spots of all parts at once. ``mean`` has
-        ``pcc_low``, ``pcc_high``, ``p_value`` and ``q_value`` beside them.
+        ``pcc_low``, ``pcc_high``, ``pvals`` and ``pvals_adj`` beside them.
     of_spots
         ``n``, ``pcc``, ``rmse`` of the spots.
     """
@@ -100,7 +100,7 @@ def score_predictions(
     spots: Sequence[str],
     parts: Sequence[Part],
     halves: Halves | None = None,
-    n_permutations: int,
+    n_perms: int,
     n_bootstrap: int,
     random_state: int,
 ) -> Scores:
@@ -118,7 +118,7 @@ def score_predictions(
         Where to score.
     halves
         Of the counts in each part, from which the highest PCC follows. `None` if they are not known.
-    n_permutations, n_bootstrap
+    n_perms, n_bootstrap
         0 leaves p-values or intervals out.
     random_state
         Seed.
@@ -141,11 +141,9 @@ def score_predictions(
     mean["pcc_low"], mean["pcc_high"] = bootstrap_interval(
         by_part["pcc"], [part.group for part in parts], n_bootstrap=n_bootstrap, rng=rng
     )
-    if n_permutations:
-        mean["p_value"] = permutation_p_values(
-            measured, predicted, columns, parts, n_permutations=n_permutations, rng=rng
-        )
-        mean["q_value"] = _q_values(mean["p_value"])
+    if n_perms:
+        mean["pvals"] = permutation_p_values(measured, predicted, columns, parts, n_perms=n_perms, rng=rng)
+        mean["pvals_adj"] = _q_values(mean["pvals"])
     return Scores(
         genes=np.asarray(genes, dtype=object),
         spots=np.asarray(spots, dtype=object)[np.concatenate([part.rows for part in parts])],
@@ -166,7 +164,7 @@ def _score_genes(
 ) -> dict[str, np.ndarray]:
     """Across the spots of all the parts."""
     rows = np.concatenate([part.rows for part in parts])
-    graph = sp.csr_matrix(sp.block_diag([neighbour_graph(part.xy) for part in parts]))
+    graph = sp.csr_matrix(sp.block_diag([neighbor_graph(part.xy) for part in parts]))
     x, y = by_gene(measured, rows, columns), by_gene(predicted, rows, columns)
     scores = {name: np.empty(len(columns), dtype=np.int64 if name == "n" else np.float64) for name in METRICS}
 

@@ -21,7 +21,7 @@ SECTION_MEAN = "mean of held-out section (oracle)"
 FITTED: dict[str, Callable[..., Any]] = {
     "position": partial(fit_ridge, features="position"),
     "ridge on mean OD": partial(fit_ridge, features="mean_od"),
-    "ridge on colour statistics": partial(fit_ridge, features="color_statistics"),
+    "ridge on color statistics": partial(fit_ridge, features="color_statistics"),
 }
 BASELINES = (TRAINING_MEAN, SECTION_MEAN, *FITTED)
 
@@ -40,7 +40,7 @@ def make_features(sdata: SpatialData, names: Collection[str], elements: Mapping[
     """Read the pixels that baselines need once for all folds."""
     if "ridge on mean OD" in names:
         pp.color_histogram(sdata, **elements)
-    if "ridge on colour statistics" in names:
+    if "ridge on color statistics" in names:
         pp.color_statistics(sdata, **elements)
 
 

@@ -50,7 +50,7 @@ def cross_validate(
     counts_layer: str = "counts",
     protocol: str = "default",
     baselines: bool | str | Sequence[str] = True,
-    n_permutations: int = 1000,
+    n_perms: int = 1000,
     n_bootstrap: int = 1000,
     checkpoint_dir: str | os.PathLike[str] | None = None,
     client: Client | None = None,
@@ -102,8 +102,8 @@ def cross_validate(
         ``"hest"`` (HEST-bench): log1p of counts of 50 highly variable genes, correlation over all spots of a fold at once.
     baselines
         `True` for all, `False` for none, or names of them: ``"mean of training spots"``, ``"mean of held-out section
-        (oracle)"``, ``"position"``, ``"ridge on mean OD"``, ``"ridge on colour statistics"``.
-    n_permutations, n_bootstrap, random_state
+        (oracle)"``, ``"position"``, ``"ridge on mean OD"``, ``"ridge on color statistics"``.
+    n_perms, n_bootstrap, random_state
         As in :func:`stpredict.tl.score`; ``random_state`` also says which groups share a fold.
     checkpoint_dir
         Folder that keeps the predictions of every finished fold; a run with the same settings takes them from there.
@@ -191,7 +191,7 @@ def cross_validate(
         data,
         make_parts(table, spots, {fold.name: fold.test for fold in folds}, whole_folds=PROTOCOLS[protocol].pooled),
         {name: predicted[name] for name in (*references, *models)},
-        n_permutations=n_permutations,
+        n_perms=n_perms,
         n_bootstrap=n_bootstrap,
         random_state=random_state,
     )

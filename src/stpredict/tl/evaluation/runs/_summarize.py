@@ -42,7 +42,7 @@ def summarize(
     - ``pcc``, ``pcc_low``, ``pcc_high``: per-gene PCC, the median over genes in each section and its mean over the sections, with
       a 95 % interval (NaN with fewer than 2 groups);
     - ``above_0.3``: share of the genes with a PCC, mean of sections, above 0.3;
-    - ``predictable``: share of the genes whose ``q_value`` is at most 0.05, NaN without p-values;
+    - ``predictable``: share of the genes whose ``pvals_adj`` is at most 0.05, NaN without p-values;
     - ``pcc_of_ceiling``: median over genes of the part of the highest possible PCC, NaN where it is not known;
     - ``spot_pcc``, ``spot_rmse``: medians over the spots of each section, and their mean over the sections.
 
@@ -60,7 +60,7 @@ def summarize(
     >>> import stpredict as stp
     >>> sdata = stp.datasets.synthetic(n_spots=50)
     >>> model = stp.tl.fit_nsl(sdata)
-    >>> scores = stp.tl.score(sdata, spots="all", n_permutations=0)
+    >>> scores = stp.tl.score(sdata, spots="all", n_perms=0)
     >>> list(stp.tl.summarize(scores).index)
     ['nsl']
     """
@@ -113,8 +113,8 @@ def _summary(genes: pd.DataFrame, spots: pd.DataFrame, n_bootstrap: int, random_
     )
     defined = mean["pcc"].notna()
     per_spot = spots.groupby("section", observed=True)[["pcc", "rmse"]].median().mean()
-    tested = mean["q_value"].notna()
-    predictable = (mean["q_value"] <= PREDICTABLE) & (mean["pcc"] > 0)
+    tested = mean["pvals_adj"].notna()
+    predictable = (mean["pvals_adj"] <= PREDICTABLE) & (mean["pcc"] > 0)
     return {
         "n_sections": parts["section"].nunique(),
         "n_groups": len(set(groups)),
