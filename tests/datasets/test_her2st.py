@@ -153,7 +153,7 @@ def test_elements_of_a_section(server: Server, cache: Path) -> None:
         assert (circles.geometry.x.iloc[i], circles.geometry.y.iloc[i]) == (row.pixel_x, row.pixel_y)
         assert (table.obs["array_col"].iloc[i], table.obs["array_row"].iloc[i]) == (x, y)
     np.testing.assert_allclose(sdata["C2_spots"].radius, PITCH / 4, rtol=1e-3)  # 100 µm of a pitch of 200 µm
-    assert table.uns["her2st"]["mpp"]["C2"] == pytest.approx(200 / PITCH, rel=1e-3)
+    assert table.uns["her2st"]["mpp"]["C2_spots"] == pytest.approx(200 / PITCH, rel=1e-3)
 
 
 def test_counts_of_several_sections_share_the_union_of_genes(server: Server, cache: Path) -> None:
@@ -372,7 +372,7 @@ def test_real_section(her2st_dir: Path) -> None:
         np.testing.assert_array_equal(row.toarray()[0], counts[name.removeprefix("C4_")])
 
     # Neighbours on the grid lie one pitch apart along the image's axes, up to the array's rotation.
-    mpp = table.uns["her2st"]["mpp"]["C4"]
+    mpp = table.uns["her2st"]["mpp"]["C4_spots"]
     assert 0.68 < mpp < 0.70
     np.testing.assert_allclose(sdata["C4_spots"].radius * 2 * mpp, 100)
 

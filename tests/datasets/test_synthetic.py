@@ -81,7 +81,7 @@ class TestLayout:
             assert max(max(sizes) for sizes in image.data.chunks) <= 1024
 
     def test_spots(self, small: SpatialData) -> None:
-        mpp = small["table"].uns["synthetic"]["mpp"]["S1"]
+        mpp = small["table"].uns["synthetic"]["mpp"]["S1_spots"]
         spots = small["S1_spots"]
         assert len(spots) == 20
         np.testing.assert_allclose(2 * spots.radius * mpp, 100)

@@ -1,6 +1,5 @@
 """Sections to work with: public ones, downloaded and verified, and synthetic ones."""
 
-from stpredict.datasets._her2st import her2st
-from stpredict.datasets._synthetic import synthetic
+import lazy_loader
 
-__all__ = ["her2st", "synthetic"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import anndata as ad
-import imagecodecs
 import numpy as np
 import pandas as pd
 import scanpy as sc
@@ -20,6 +19,7 @@ from spatialdata.models import ShapesModel, TableModel
 from spatialdata.transformations import Identity
 from tqdm.auto import tqdm
 
+from stpredict.datasets import _jpeg
 from stpredict.datasets._image import multiscale_image
 from stpredict.datasets._registry import RemoteFile, cache_folder, fetch, read_registry
 
@@ -61,7 +61,7 @@ def her2st(sections: str | Sequence[str] | None = None, *, path: str | os.PathLi
       and in that of the circles alike, is unique over all sections: ``C2_10x13`` is at column 10 and row 13 of C2.
     - ``var``: genes are the union over the sections, in order of first appearance; ``n_sections`` says how many of the
       loaded sections list the gene. Where a section does not list a gene, its count is 0.
-    - ``uns["her2st"]``: ``mpp``, micrometres per pixel of each section; ``spot_diameter_um``; ``spot_pitch_um``.
+    - ``uns["her2st"]``: ``mpp``, micrometers per pixel of each spots element's image; ``spot_diameter_um``; ``spot_pitch_um``.
 
     Spots that are only in the list of spots under tissue, or only in the count matrix, are left out (their number is
     logged).
@@ -154,7 +154,7 @@ def _read_section(name: str, counts_file: Path, spots_file: Path, image_file: Pa
     # Names that repeat in another section would let joins by name mix sections up.
     spots.index = f"{name}_" + spots.index
 
-    pixels = imagecodecs.jpeg8_decode(image_file.read_bytes())
+    pixels = _jpeg.decode(image_file.read_bytes())
     image = multiscale_image(np.ascontiguousarray(pixels.transpose(2, 0, 1)), name)
     return _Section(name, image, spots, matrix, counts.columns, pitch)
 
@@ -187,7 +187,7 @@ def _table(parts: list[_Section]) -> ad.AnnData:
     sc.pp.normalize_total(table, target_sum=1e4)
     sc.pp.log1p(table)
     table.uns["her2st"] = {
-        "mpp": {part.name: PITCH_UM / part.pitch for part in parts},
+        "mpp": {f"{part.name}_spots": PITCH_UM / part.pitch for part in parts},
         "spot_diameter_um": DIAMETER_UM,
         "spot_pitch_um": PITCH_UM,
     }

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from numbers import Integral
 
 import anndata as ad
-import imagecodecs
 import numpy as np
 import pandas as pd
 import scanpy as sc
@@ -17,6 +16,7 @@ from spatialdata import SpatialData
 from spatialdata.models import ShapesModel, TableModel
 from spatialdata.transformations import Identity
 
+from stpredict.datasets import _jpeg
 from stpredict.datasets._image import multiscale_image
 from stpredict.datasets._tissue import MPP, draw_tissue
 
@@ -91,7 +91,7 @@ def synthetic(n_sections: int = 2, *, n_spots: int = 500, n_genes: int = 80, ran
         the gain of each channel (3), and for each gene the effective OD direction (G x 3): the unit vector v for which
         v · (mean OD of the spot) is, up to scale and a constant, the gene's log rate; NaN for genes that do not
         depend on the spot's own colour.
-      - ``mpp``: micrometres per pixel of each section; ``spot_diameter_um``, ``spot_pitch_um``, ``dispersion`` (of
+      - ``mpp``: micrometers per pixel of each spots element's image; ``spot_diameter_um``, ``spot_pitch_um``, ``dispersion`` (of
         the counts: variance = mean + dispersion · mean²), ``random_state``.
 
     Raises
@@ -279,8 +279,8 @@ def _photograph(rng: np.random.Generator, intensity: NDArray[np.float32]) -> NDA
     noise = rng.standard_normal(intensity.shape, dtype=np.float32)
     noise *= np.sqrt(1 + 0.01 * np.maximum(intensity, 0))  # of reading the sensor, and of counting photons
     pixels = np.clip(np.rint(intensity + noise), 0, 255).astype(np.uint8)
-    jpeg = imagecodecs.jpeg8_encode(np.ascontiguousarray(pixels.transpose(1, 2, 0)), level=90, subsampling="444")
-    return np.ascontiguousarray(imagecodecs.jpeg8_decode(jpeg).transpose(2, 0, 1))
+    jpeg = _jpeg.encode(np.ascontiguousarray(pixels.transpose(1, 2, 0)), quality=90)
+    return np.ascontiguousarray(_jpeg.decode(jpeg).transpose(2, 0, 1))
 
 
 def _table(sections: list[_Section], genes: _Genes, random_state: int) -> ad.AnnData:
@@ -303,7 +303,7 @@ def _table(sections: list[_Section], genes: _Genes, random_state: int) -> ad.Ann
         "stain_matrix": {s.name: s.stain_matrix for s in sections},
         "white_balance": {s.name: s.white_balance for s in sections},
         "direction": {s.name: _direction(genes.weights[:, :3], s.stain_matrix) for s in sections},
-        "mpp": {s.name: MPP for s in sections},
+        "mpp": {f"{s.name}_spots": MPP for s in sections},
         "spot_diameter_um": DIAMETER_UM,
         "spot_pitch_um": PITCH_UM,
         "dispersion": _DISPERSION,
