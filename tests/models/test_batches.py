@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -75,3 +77,28 @@ def test_errors_of_the_reading_thread_are_raised() -> None:
     broken = Batches(Broken(), TARGETS, np.arange(4), batch_size=2, epoch=lambda: 0, seed=0, train=True)
     with pytest.raises(OSError, match="disk is gone"):
         list(broken)
+
+
+def test_for_a_gpu_all_is_pinned_and_the_order_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned: list[int] = []
+
+    def pin_memory(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor.data_ptr())
+        return tensor
+
+    empty = torch.empty
+
+    def pinned_empty(*size: Any, pin_memory: bool = False, **options: Any) -> torch.Tensor:
+        tensor = empty(*size, **options)
+        if pin_memory:
+            pinned.append(tensor.data_ptr())
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch, "empty", pinned_empty)
+    batches = make()
+    monkeypatch.setattr(batches, "_pin", True)
+    for batch, expected in zip(batches, make(), strict=True):
+        for tensor, other in zip(batch[:4], expected[:4], strict=True):
+            assert tensor.data_ptr() in pinned
+            assert torch.equal(tensor, other)

@@ -8,6 +8,7 @@ the crop of the central quarter ending at 5/8 of the image instead of 6/8.
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,13 @@ def spots(n: int = 3, levels: int = 3, size: int = 32) -> Tensor:
     )
 
 
-def golden_weights(size: str, seed: str = "0") -> dict[str, Tensor]:
+@cache
+def drawn_weights(size: str, seed: str) -> dict[str, Tensor]:
     return authors_weights(GOLDEN[size]["shapes"], int(seed))
+
+
+def golden_weights(size: str, seed: str = "0") -> dict[str, Tensor]:
+    return dict(drawn_weights(size, seed))
 
 
 def golden_case(size: str, seed: str) -> tuple[M2OSTModule, Tensor, Tensor, dict[str, Any]]:
@@ -101,8 +107,10 @@ def compare_gradients(model: M2OSTModule, expected: dict[str, list[float]], tole
 # Parity with the authors' module
 
 
-@pytest.mark.parametrize("seed", ["0", "1", "2"])
-@pytest.mark.parametrize("size", ["reduced", "published"])
+CASES = [("reduced", seed) for seed in "012"] + [("published", seed) for seed in "12"]  # for 0 see the gradients
+
+
+@pytest.mark.parametrize(("size", "seed"), CASES)
 def test_outputs_are_those_of_the_authors_module(size: str, seed: str) -> None:
     model, images, _, expected = golden_case(size, seed)
     with torch.no_grad():
@@ -122,16 +130,20 @@ def test_outputs_and_gradients_agree_in_float64(seed: str) -> None:
 
 def test_gradients_of_the_published_network() -> None:
     model, images, target, expected = golden_case("published", "0")
-    mse_loss(model(images), target.float()).backward()
+    output = model(images)
+    np.testing.assert_allclose(output.detach(), expected["output"], atol=1e-5, rtol=0)
+    mse_loss(output, target.float()).backward()
     compare_gradients(model, expected["gradient"], tolerance=1e-4)
 
 
 def test_published_size() -> None:
-    published = M2OSTModule.from_preset("small", 250)
+    with torch.device("meta"):
+        published = M2OSTModule.from_preset("small", 250)
+        assert published.config == M2OSTModule(250).config
     assert sum(p.numel() for p in published.parameters()) == 7_038_858
-    assert published.config == M2OSTModule(250).config
-    from_authors = M2OSTModule.from_authors(golden_weights("published"))
-    assert from_authors.config == published.config
+    assert _authors.config(golden_weights("published"), 64) == {
+        name: value for name, value in published.config.items() if name not in ("dropout", "mask_ratio")
+    }
 
 
 def test_data_parallel_prefix_is_understood() -> None:
@@ -149,7 +161,10 @@ def test_data_parallel_prefix_is_understood() -> None:
         (lambda w: w.update(extra=torch.zeros(3)), "extra is unknown"),
         (lambda w: w.update({"mlp_head.bias": torch.zeros(8)}), r"mlp_head.bias has shape \(8,\) instead of \(7,\)"),
         (lambda w: w.update({"cls_token": torch.zeros(24)}), "cls_token has 1 dimensions instead of 3"),
-        (lambda w: w["pos_embedding2"].fill_(torch.nan), "pos_embedding2 has values that are not finite"),
+        (
+            lambda w: w.update(pos_embedding2=w["pos_embedding2"] * torch.nan),
+            "pos_embedding2 has values that are not finite",
+        ),
         (lambda w: w.update(epoch=3), "epoch is no tensor"),
     ],
 )
@@ -187,6 +202,11 @@ def test_any_number_of_levels(levels: int) -> None:
 def test_uint8_and_float_images_give_the_same() -> None:
     model, images = little(), spots()
     assert torch.equal(model(images), model(images.float() / 255))
+
+
+def test_pixels_keep_the_digits_of_the_weights() -> None:
+    model, images = little().double().eval(), spots()
+    assert torch.equal(model(images), model(images.double() / 255))
 
 
 def test_a_spot_is_predicted_alike_in_any_batch() -> None:

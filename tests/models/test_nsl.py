@@ -8,13 +8,15 @@ import pytest
 import torch
 from scipy import sparse
 from scipy.optimize import minimize
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-from stpredict.models import NSL, _device, _nsl_solver, nsl
-from stpredict.models._device import resolve_device
+from stpredict.models import NSL
+from stpredict.models.nsl import _model, _solver
 from stpredict.models.nsl._solver import ColorFractions, merge_rare_colors
 from stpredict.models.nsl._stains import RUIFROK_JOHNSTON, stain_matrix
 
 REFERENCE = stain_matrix(RUIFROK_JOHNSTON)
+READS = {"kind": "histogram", "bits": 5, "spot_scale": 2.0}
 
 
 class Problem(NamedTuple):
@@ -28,7 +30,7 @@ class Problem(NamedTuple):
 
     def fit(self, **options: Any) -> NSL:
         genes = [f"gene{g}" for g in range(self.expression.shape[1])]
-        options = {"reference": REFERENCE, **options}
+        options = {"reference": REFERENCE, "reads": READS, **options}
         return NSL.fit(sparse.csr_matrix(self.fractions), self.od, self.expression, genes, **options)
 
 
@@ -99,7 +101,7 @@ def test_no_worse_than_an_independent_optimiser(seed: int, pull: float) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_shared_stains_are_no_worse_than_an_independent_optimiser(seed: int) -> None:
-    problem = make_problem(seed)
+    problem = make_problem(seed, n_colors=500)
     model = problem.fit(stains="shared", pull=0.03)
     assert (model.stain_matrix == model.stain_matrix[0]).all()
 
@@ -135,8 +137,8 @@ def test_gradient_agrees_with_finite_differences(shared: bool) -> None:
     expression = (problem.expression - problem.expression.mean(0)) / problem.expression.std(0)
     spots = ColorFractions(sparse.csr_matrix(problem.fractions), problem.od, "cpu")
     targets = torch.tensor(expression, dtype=spots.od.dtype)
-    state = _nsl_solver._evaluate(spots, targets, torch.tensor(start), torch.tensor(REFERENCE), pull)
-    moved = _nsl_solver._step(
+    state = _solver._evaluate(spots, targets, torch.tensor(start), torch.tensor(REFERENCE), pull)
+    moved = _solver._step(
         state, torch.full((len(start),), damping, dtype=torch.float64), torch.tensor(REFERENCE), pull, shared
     )
     for k, stains in enumerate(start):
@@ -223,7 +225,7 @@ def test_pull_keeps_stains_near_the_reference() -> None:
 
 
 def same(a: NSL, b: NSL) -> None:
-    for name in NSL._shapes(0):
+    for name in NSL._layout(0):
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
 
 
@@ -232,16 +234,30 @@ def test_fits_are_bit_identical(stains: str) -> None:
     same(make_problem().fit(stains=stains), make_problem().fit(stains=stains))
 
 
+@pytest.mark.parametrize("stains", ["per_gene", "shared"])
+def test_two_threads_give_the_model_of_one(stains: str) -> None:
+    problem = make_problem(6, n_spots=200, n_colors=2000, n_genes=6)
+    n_threads, models = torch.get_num_threads(), []
+    try:
+        for n in (1, 2):
+            torch.set_num_threads(n)
+            with threadpool_limits(n):
+                models.append(problem.fit(stains=stains, max_iter=4))
+    finally:
+        torch.set_num_threads(n_threads)
+    same(*models)
+
+
 def solve_with(problem: Problem, monkeypatch: pytest.MonkeyPatch, *, genes: float, rows: float, **options: Any) -> NSL:
     """Fit with that many bytes for the chunks of genes and for the blocks of rows."""
-    original: Callable[..., Any] = _nsl_solver.solve
+    original: Callable[..., Any] = _solver.solve
 
     def limited(*arguments: Any, **keywords: Any) -> Any:
-        return original(*arguments, **keywords, max_bytes=genes)
+        return original(*arguments, **{**keywords, "max_bytes": genes})
 
-    monkeypatch.setattr(nsl, "solve", limited)
-    monkeypatch.setattr(nsl, "ColorFractions", lambda *arguments: ColorFractions(*arguments, max_bytes=rows))
-    monkeypatch.setattr(nsl, "_MAX_ELEMENTS", int(genes))
+    monkeypatch.setattr(_model, "solve", limited)
+    monkeypatch.setattr(_model, "ColorFractions", lambda *arguments: ColorFractions(*arguments, max_bytes=rows))
+    monkeypatch.setattr(_model, "_MAX_ELEMENTS", int(genes))
     return problem.fit(**options)
 
 
@@ -357,29 +373,6 @@ def test_concentrations_are_never_negative() -> None:
     assert found.shape == (5, 7, 2)
     assert found.min() == 0
     np.testing.assert_allclose(found, np.maximum(od @ np.linalg.inv(model.stain_matrix[2])[:, :2], 0))
-
-
-# Devices
-
-
-def test_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_device.torch.cuda, "is_available", lambda: False)
-    assert resolve_device("auto") == "cpu"
-    assert resolve_device("cpu") == "cpu"
-    with pytest.raises(ValueError, match="'cuda:1', but PyTorch finds no GPU here; use device='auto' or 'cpu'"):
-        resolve_device("cuda:1")
-    monkeypatch.setattr(_device.torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(_device.torch.cuda, "device_count", lambda: 2)
-    assert resolve_device("auto") == "cuda"
-    assert resolve_device("cuda:1") == "cuda:1"
-    with pytest.raises(ValueError, match="'cuda:2', but there are 2 GPUs, numbered from 0"):
-        resolve_device("cuda:2")
-
-
-@pytest.mark.parametrize("device", ["gpu", "meta", "", "cuda:x"])
-def test_devices_that_are_none(device: str) -> None:
-    with pytest.raises(ValueError, match=f"`device` is {device!r}; expected 'auto', 'cpu', 'cuda' or"):
-        resolve_device(device)
 
 
 def test_rare_colors_count_as_their_neighbors() -> None:

@@ -5,12 +5,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file, save_file
 from sklearn.decomposition import PCA
 from sklearn.linear_model import Ridge as SklearnRidge
 from sklearn.linear_model import RidgeCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
 import stpredict as stp
 from stpredict.models import Ridge
@@ -28,8 +28,12 @@ def data(n: int = 60, d: int = 20, seed: int = 0) -> tuple[np.ndarray, np.ndarra
     return features, (5 + signal + rng.normal(size=signal.shape)).astype(np.float32)
 
 
+def reads(n_features: int) -> dict[str, Any]:
+    return {"kind": "features", "sources": {"X": {"from": "obsm", "n_features": n_features}}}
+
+
 def fit(features: np.ndarray, expression: np.ndarray, **options: Any) -> Ridge:
-    return Ridge.fit(features, expression, GENES, params={"features": {"X": {}}}, **options)
+    return Ridge.fit(features, expression, GENES, reads=reads(features.shape[1]), **options)
 
 
 # Regression
@@ -146,6 +150,72 @@ def test_columns_of_a_common_scale_keep_their_sizes() -> None:
     assert model.scale[5] == 1
 
 
+def test_where_uncentered_columns_are_0_the_training_mean_is_predicted() -> None:
+    # Bumps around training spots: away from these nothing is known.
+    rng = np.random.default_rng(0)
+    place, knots = rng.uniform(0, 1, 80), np.linspace(0, 1, 9)
+    bumps = np.exp(-(((place[:, None] - knots) / 0.1) ** 2))
+    expression = np.column_stack([np.sin(5 * place) + 3, 7 + rng.normal(0, 1, 80)])
+    options: dict[str, Any] = {"common_scale": [slice(0, 9)], "uncentered": [slice(0, 9)]}
+    features = np.column_stack([bumps, rng.normal(4, 1, 80)])
+    for n_components in (None, 5):
+        model = Ridge.fit(features, expression, ["g", "h"], reads=reads(10), n_components=n_components, **options)
+        away = np.append(np.zeros(9), features[:, 9].mean())
+        np.testing.assert_allclose(model.predict(away[None])[0], expression.mean(axis=0), rtol=1e-6)
+        np.testing.assert_array_equal(model.mean[:9], 0)
+        predicted = model.predict(features)
+        assert np.corrcoef(predicted[:, 0], expression[:, 0])[0, 1] > 0.99
+        assert np.abs(predicted - expression).max() < 3.5
+
+
+def test_uncentered_penalties_are_those_of_generalized_cross_validation() -> None:
+    rng = np.random.default_rng(1)
+    x, n = np.abs(rng.normal(1, 1, (40, 6))), 40
+    expression = 2 + x @ rng.normal(size=(6, 8)) * np.linspace(2, 0, 8) + rng.normal(size=(40, 8))
+    model = fit(x, expression, uncentered=[slice(0, 6)])
+    values = x / x.std(axis=0)
+    constant = np.full((n, n), 1 / n)
+    scores = []
+    alphas = _PENALTIES * np.linalg.svd(values, compute_uv=False)[0] ** 2
+    for alpha in alphas:
+        hat = values @ np.linalg.solve(values.T @ values + alpha * np.eye(6), values.T)
+        left = (np.eye(n) - hat) @ (np.eye(n) - constant)
+        scores.append(((left @ expression) ** 2).sum(axis=0) / np.trace(left) ** 2)
+    np.testing.assert_allclose(model.alpha, alphas[np.argmin(scores, axis=0)])
+    assert len(np.unique(model.alpha)) > 2
+
+
+@pytest.mark.parametrize("value", [1e300, -1e200, np.inf, np.nan])
+def test_features_beyond_the_scale_of_numbers_are_named(value: float) -> None:
+    features, expression = data()
+    features[7, [3, 11]] = value
+    with pytest.raises(
+        ValueError, match=r"features of 2 of 20 columns, such as \[3, 11\], are on a scale of up to .*1e\+150"
+    ):
+        fit(features, expression)
+    with pytest.raises(ValueError, match=r"expression of 2 of 20 columns, such as \[3, 11\]"):
+        Ridge.fit(data()[0], features, [f"g{j}" for j in range(20)], reads=reads(20))
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e30])
+def test_units_do_not_matter(unit: float) -> None:
+    features, expression = data()
+    model, other = fit(features, expression), fit(features * unit, expression.astype(np.float64) * unit)
+    np.testing.assert_allclose(other.predict(features * unit), unit * model.predict(features), rtol=1e-5)
+
+
+def test_two_threads_give_the_model_of_one() -> None:
+    # Twelve components of 40 features, so that all of its products and decompositions are taken.
+    features, expression = data(n=300, d=40)
+    models = []
+    for n_threads in (1, 2):
+        with threadpool_limits(n_threads):
+            models.append(fit(features, expression, n_components=12))
+    one, two = (model.coef @ model.components / model.scale for model in models)  # type: ignore[operator]
+    np.testing.assert_allclose(two * features.std(axis=0), one * features.std(axis=0), atol=1e-10)
+    np.testing.assert_allclose(models[1].intercept, models[0].intercept, rtol=1e-12)
+
+
 def test_inputs_are_not_changed() -> None:
     features, expression = data()
     before = features.copy()
@@ -176,7 +246,7 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path, n_components: int | Non
     model = fit(features, expression, n_components=n_components)
     again = stp.models.load(model.save(tmp_path / "model"))
     assert isinstance(again, Ridge)
-    assert (again.genes, again.params) == (model.genes, model.params)
+    assert (again.genes, again.reads, again.params) == (model.genes, model.reads, model.params)
     np.testing.assert_array_equal(again.predict(features), model.predict(features))
     np.testing.assert_array_equal(again.alpha, model.alpha)
     assert repr(again) == repr(model)
@@ -188,21 +258,3 @@ def test_repr() -> None:
     reduced = repr(fit(features, expression, n_components=5, alpha=2.0))
     assert "on 5 principal components of 20 features (X)" in reduced
     assert "alpha 2 (median; 2 to 2)" in reduced
-
-
-def test_damaged_weights(tmp_path: Path) -> None:
-    folder = fit(*data(), n_components=5).save(tmp_path / "model")
-    weights = folder / "weights.safetensors"
-    tensors = load_file(weights)
-    save_file({**tensors, "coef": tensors["coef"][:, :4].contiguous()}, weights)
-    with pytest.raises(ValueError, match=r"damaged or incomplete.*coef has the shape \(8, 4\), expected \(8, 5\)"):
-        stp.models.load(folder)
-    save_file({name: tensor for name, tensor in tensors.items() if name != "components"}, weights)
-    with pytest.raises(ValueError, match="damaged or incomplete.*components"):
-        stp.models.load(folder)
-
-
-def test_models_that_do_not_say_what_they_read(tmp_path: Path) -> None:
-    folder = Ridge.fit(*data(), GENES).save(tmp_path / "model")
-    with pytest.raises(ValueError, match="damaged or incomplete.*params lack 'features'"):
-        stp.models.load(folder)

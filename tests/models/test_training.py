@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import zipfile
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from stpredict.models.m2ost import _training
+from stpredict.models.m2ost import _checkpoint, _graphs, _training
+from stpredict.models.m2ost._batches import Batches
 from stpredict.models.m2ost._module import M2OSTModule
-from stpredict.models.m2ost._training import RECIPES, Data, NonFiniteLoss, augment, train
+from stpredict.models.m2ost._training import RECIPES, Data, NonFiniteLoss, Recipe, augment, train
 
 QUIET = {"enable_progress_bar": False}
 RECIPE = replace(RECIPES["default"], max_epochs=3, batch_size=8, patience=None)
@@ -43,7 +50,7 @@ def fit(data: Data, recipe: _training.Recipe = RECIPE, **kwargs: Any) -> tuple[M
 
 
 def test_it_learns() -> None:
-    recipe = replace(RECIPE, max_epochs=25, learning_rate=2e-3, stain_jitter=0.0)
+    recipe = replace(RECIPE, max_epochs=16, learning_rate=2.5e-3, stain_jitter=0.0)
     network, history = fit(make_data(), recipe)
     assert history["val_loss"].min() < 0.3
     assert history["val_pcc"][-1] > 0.9
@@ -120,10 +127,150 @@ def test_a_killed_run_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     assert list((tmp_path / "log").rglob("metrics.csv"))
 
 
+class Raise(_training.L.Callback):
+    """Raise an error in the middle of an epoch, from one of Lightning's hooks."""
+
+    def __init__(self, hook: str, error: Callable[[], object]) -> None:
+        def call(trainer: Any, module: Any, *_: Any) -> None:
+            if trainer.global_step >= 2:
+                error()
+
+        setattr(self, hook, call)
+
+
+def press_ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def raise_interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("error", [press_ctrl_c, raise_interrupt])
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_batch_start"])
+def test_ctrl_c_is_a_keyboard_interrupt_within_a_step(hook: str, error: Callable[[], object]) -> None:
+    handler, steps = signal.getsignal(signal.SIGINT), []
+
+    class Count(_training.L.Callback):
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            steps.append(trainer.global_step)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_data(16), trainer_kwargs={**QUIET, "callbacks": [Count(), Raise(hook, error)]})
+    assert len(steps) == 2
+    assert signal.getsignal(signal.SIGINT) is handler  # the next Ctrl-C is heard as well
+
+
+def test_ctrl_c_in_the_reading_thread() -> None:
+    class Interrupted:
+        def __len__(self) -> int:
+            return 40
+
+        def __getitem__(self, indices: object) -> np.ndarray:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(make_data()._replace(patches=Interrupted()))
+
+
+def test_an_error_after_an_interrupt_is_not_taken_for_one() -> None:
+    def fail() -> None:
+        raise OSError("the disk is gone")
+
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        with pytest.raises(OSError, match="disk is gone"):
+            fit(make_data(), trainer_kwargs={**QUIET, "callbacks": [Raise("on_train_batch_end", fail)]})
+
+
+# Checkpoints
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoints of a run of two epochs."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    fit(make_data(16), replace(RECIPE, max_epochs=2), checkpoint_dir=folder)
+    return folder
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        largest = max(archive.infolist(), key=lambda record: record.file_size)
+    content[largest.header_offset + largest.file_size // 2 + 200] ^= 4
+    path.write_bytes(content)
+
+
+def lack_optimizer(path: Path) -> None:
+    content = torch.load(path, weights_only=True)
+    torch.save({name: value for name, value in content.items() if name != "optimizer_states"}, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "problem"),
+    [
+        (cut, "BadZipFile"),
+        (flip, "the checksum of .* is wrong"),
+        (lambda path: path.write_bytes(b""), "BadZipFile"),
+        (lambda path: torch.save({"state_dict": {}}, path), "it lacks epoch, global_step"),
+        (lambda path: torch.save([1], path), "it lacks epoch|TypeError"),
+        (lambda path: torch.save(Recipe(), path), "UnpicklingError"),
+        (lack_optimizer, "it lacks optimizer_states"),
+    ],
+    ids=["cut", "bit", "empty", "little", "list", "pickle", "optimizer"],
+)
+def test_a_damaged_checkpoint_is_named_and_not_gone_on_from(
+    damage: Callable[[Path], object], problem: str, finished: Path, tmp_path: Path
+) -> None:
+    path = Path(shutil.copy(finished / "last.ckpt", tmp_path))
+    expected = torch.load(path, weights_only=True)["state_dict"]
+    assert _checkpoint.find(tmp_path, expected) == path
+    damage(path)
+    with pytest.warns(UserWarning, match=rf"checkpoint '{path}' is damaged \(.*({problem}).*training begins anew"):
+        assert _checkpoint.find(tmp_path, expected) is None
+
+
+def test_training_begins_anew_after_damage(finished: Path, tmp_path: Path) -> None:
+    data, recipe = make_data(16), replace(RECIPE, max_epochs=2)
+    cut(Path(shutil.copy(finished / "last.ckpt", tmp_path)))
+    (tmp_path / "last.ckpt.part").write_bytes(b"of a killed run")
+    with pytest.warns(UserWarning, match="training begins anew"):
+        network, _ = fit(data, recipe, checkpoint_dir=tmp_path)
+    assert torch.equal(weights(network), weights(fit(data, recipe, checkpoint_dir=finished)[0]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "log"]
+
+
+def test_a_checkpoint_of_another_network_is_not_gone_on_from(finished: Path) -> None:
+    with pytest.warns(UserWarning, match="another network or another number of epochs"):
+        assert _checkpoint.find(finished, make_network(5).state_dict()) is None
+
+
+def test_an_interrupted_checkpoint_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "folder" / "last.ckpt"
+    io = _checkpoint.AtomicCheckpointIO()
+    io.save_checkpoint({"epoch": 1}, path)
+    for name in ("fsync", "replace"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+            patch.setattr(os, name, full)
+            io.save_checkpoint({"epoch": 2}, path)
+        assert io.load_checkpoint(path, weights_only=True) == {"epoch": 1}
+        assert [file.name for file in path.parent.iterdir()] == ["last.ckpt"]
+
+
+def full(*_: object) -> None:
+    raise OSError(28, "No space left on device")
+
+
 def test_two_processes_give_the_losses_of_one() -> None:
     data, recipe = make_data(), replace(RECIPE, max_epochs=2)
     one, history = fit(data, recipe)
-    options = {**QUIET, "devices": 2, "strategy": "ddp_spawn"}
+    options = {**QUIET, "devices": 2, "strategy": "ddp_fork"}
     two, history_two = fit(data, recipe, trainer_kwargs=options)
     for name in ("train_loss", "val_loss", "val_pcc"):
         np.testing.assert_allclose(history_two[name], history[name], rtol=2e-3)
@@ -144,7 +291,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_weights() -> No
 
     with pytest.raises(NonFiniteLoss, match="step 1 of epoch 0.*learning_rate"):
         fit(data, trainer_kwargs={**QUIET, "callbacks": [Explode(0)]})
-    network, history = fit(data, trainer_kwargs={**QUIET, "callbacks": [Explode(2)]})
+    with pytest.warns(UserWarning, match="step 1 of epoch 2.*Training stopped; the last good weights are kept"):
+        network, history = fit(data, trainer_kwargs={**QUIET, "callbacks": [Explode(2)]})
     assert len(history["train_loss"]) == 2
     assert torch.isfinite(weights(network)).all()
 
@@ -158,7 +306,8 @@ def test_weights_that_are_not_finite_are_not_kept() -> None:
                     module.network.head.weight[0, 0] = float("nan")
 
     data = make_data()._replace(validation=np.array([], dtype=int))
-    network, history = fit(data, trainer_kwargs={**QUIET, "callbacks": [Explode()]})
+    with pytest.warns(UserWarning, match="The weights are not finite after epoch 1"):
+        network, history = fit(data, trainer_kwargs={**QUIET, "callbacks": [Explode()]})
     assert len(history["train_loss"]) == 1
     assert torch.isfinite(weights(network)).all()
 
@@ -222,3 +371,166 @@ def test_stain_jitter_changes_optical_density_linearly_and_alike_for_all_levels(
     torch.testing.assert_close(od_jittered, expected.clamp_min(0), rtol=1e-3, atol=1e-4)
     none = augment(images, torch.zeros(3, dtype=torch.int64), torch.zeros(3, 6), 0.1)
     torch.testing.assert_close(none, images / 255, atol=1e-5, rtol=0)
+
+
+# CUDA graphs, with a stub of the calls that need a GPU
+
+
+class StubGenerator:
+    """A generator that remembers how it was put back."""
+
+    def __init__(self) -> None:
+        self.put_back: list[str] = []
+
+    def get_state(self) -> str:
+        return "state"
+
+    def clone_state(self) -> str:
+        return "clone"
+
+    def set_state(self, state: str) -> None:
+        self.put_back.append(state)
+
+    graphsafe_set_state = set_state
+
+
+def stub_graphed(module: torch.nn.Module, static: tuple[torch.Tensor, ...], **_: Any) -> torch.nn.Module:
+    """What torch makes of a module: one node, fixed inputs, and gradients in memory that the next call overwrites."""
+    compute, parameters = module.forward, list(module.parameters())
+    gradients = [torch.empty_like(parameter) for parameter in parameters]
+
+    class Graphed(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
+            for fixed, given in zip(static, inputs, strict=False):
+                assert fixed.shape == given.shape
+                fixed.copy_(given)
+            with torch.enable_grad():
+                loss = compute(*static)
+            for memory, gradient in zip(gradients, torch.autograd.grad(loss, parameters), strict=True):
+                memory.copy_(gradient)
+            return loss.detach()
+
+        @staticmethod
+        def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+            return (*[None] * len(static), *(memory.mul_(gradient).detach() for memory in gradients))
+
+    module.forward = lambda *inputs: Graphed.apply(*inputs, *parameters)
+    return module
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Have the CPU taken for a GPU that captures; counts captures."""
+    stub = SimpleNamespace(generator=StubGenerator(), captures=0, streams=[], free=100, make=stub_graphed)
+
+    def make(*args: Any, **kwargs: Any) -> Any:
+        stub.captures += 1
+        return stub.make(*args, **kwargs)
+
+    monkeypatch.setattr(_graphs, "DEVICE", "cpu")
+    for name, value in {
+        "default_generators": [stub.generator],
+        "current_stream": lambda device: "stream",
+        "set_stream": stub.streams.append,
+        "empty_cache": lambda: None,
+        "memory_reserved": lambda device: 7,
+        "mem_get_info": lambda device: (stub.free, 100),
+        "make_graphed_callables": make,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return stub
+
+
+def test_captured_steps_learn_what_others_do(graphs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_data()  # of 30 spots the last six are a smaller batch
+    captured, history = fit(data, checkpoint_dir=tmp_path)
+    assert graphs.captures == 1
+    assert graphs.generator.put_back == ["state"]
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert {name.split(".")[0] for name in state} == {"network", "best", "history", "best_loss"}
+    monkeypatch.setattr(_graphs, "ENABLED", False)
+    plain, expected = fit(data)
+    assert graphs.captures == 1
+    torch.testing.assert_close(weights(captured), weights(plain), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(history["train_loss"], expected["train_loss"], rtol=1e-5)
+
+
+def refuse(*_: Any, **__: Any) -> None:
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def skew(module: torch.nn.Module, static: tuple[torch.Tensor, ...], **_: Any) -> torch.nn.Module:
+    compute = module.forward
+    module.forward = lambda *inputs: 1.1 * compute(*inputs)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "free", "reason"),
+    [(refuse, 100, "not permitted"), (skew, 100, "the loss is 0.1 away"), (stub_graphed, -1, "fill the memory")],
+)
+def test_without_graphs_training_goes_on_as_if_they_had_not_been_tried(
+    graphs: Any, make: Any, free: int, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    graphs.make, graphs.free = make, free
+    data = make_data()
+    with caplog.at_level("DEBUG", logger="stpredict"):
+        network, _ = fit(data)
+    assert graphs.captures == 1
+    assert "goes on without CUDA graphs" in caplog.text
+    assert reason in caplog.text
+    assert (graphs.generator.put_back, graphs.streams) == (["clone"], ["stream"])
+    monkeypatch.setattr(_graphs, "ENABLED", False)
+    assert torch.equal(weights(network), weights(fit(data)[0]))
+
+
+@pytest.mark.parametrize("options", [{"accumulate_grad_batches": 2}, {"precision": "64-true"}])
+def test_steps_that_graphs_do_not_suit_are_not_captured(graphs: Any, options: dict[str, Any]) -> None:
+    fit(make_data(16), replace(RECIPE, max_epochs=1), trainer_kwargs={**QUIET, **options})
+    assert graphs.captures == 0
+
+
+def test_weights_in_another_place_end_the_graphs(graphs: Any) -> None:
+    class Move(_training.L.Callback):
+        def on_train_epoch_end(self, trainer: Any, module: Any) -> None:
+            head = module.network.head.weight
+            head.data = head.data.clone()
+
+    class Look(_training.L.Callback):
+        def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+            graphed.append(bool(module._graphed))
+
+    graphed: list[bool] = []
+    fit(make_data(26), replace(RECIPE, max_epochs=2), trainer_kwargs={**QUIET, "callbacks": [Move(), Look()]})
+    assert graphed == [True, True, False, False]
+
+
+class Source:
+    """Patches as the package keeps them: read into memory that is there, channels last."""
+
+    def __init__(self, pixels: np.ndarray) -> None:
+        self.pixels, self.shape = pixels, pixels.shape
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def __getitem__(self, indices: Any) -> np.ndarray:
+        raise AssertionError("a copy too many")
+
+    def take(self, indices: np.ndarray, out: np.ndarray) -> None:
+        assert np.moveaxis(out, -3, -1).flags.c_contiguous
+        out[:] = self.pixels[indices]
+
+
+@pytest.mark.parametrize("source", [Source, lambda pixels: pixels])
+def test_readers_share_a_batch_for_a_gpu(source: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, empty = make_data(60), torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    options: dict[str, Any] = {"batch_size": 40, "epoch": lambda: 1, "seed": 0, "train": True}
+    plain = list(Batches(data.patches, data.targets, data.train, **options))
+    pinned = list(Batches(source(data.patches), data.targets, data.train, pin=True, **options))
+    assert [len(batch.patches) for batch in pinned] == [40, 10]
+    for one, other in zip(plain, pinned, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one[:4], other[:4], strict=True))

@@ -1,15 +1,24 @@
-"""Batches of patches for training: deterministic, shared out over processes, read ahead by a thread."""
+"""Batches of patches for training: deterministic, shared out over processes, read ahead by threads."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from stpredict.models.m2ost._model import PatchSource
+
+# A thread reads some 2 GB/s, and a GPU takes several times that: so many share each batch, which shortens the wait for the
+# first of an epoch, too. Pieces of fewer spots would cost more than they save.
+_READERS = 4
+_LEAST = 8
+# Batches that are read ahead for a GPU.
+_AHEAD_OF_A_GPU = 3
 
 
 class Batch(NamedTuple):
@@ -51,7 +60,7 @@ class Batches:
     rank, world_size
         This process among all.
     pin
-        Copy into pinned memory, for a GPU.
+        Read into pinned memory, by several threads and several batches ahead, for a GPU.
     """
 
     def __init__(
@@ -82,24 +91,62 @@ class Batches:
         symmetry = rng.integers(8, size=n) if self._train else np.zeros(n, dtype=np.int64)
         jitter = rng.standard_normal((n, 6)) if self._train else np.zeros((n, 6))
 
-        def read(start: int) -> Batch:
-            whole = order[start : start + self._batch_size]
+        def small(whole: np.ndarray) -> tuple[np.ndarray, list[torch.Tensor]]:
             mine = whole[self._rank :: self._world_size]
             spots = self._indices[mine]
-            patches = torch.from_numpy(self._patches[spots])
-            return Batch(
-                patches.pin_memory() if self._pin else patches,
-                torch.from_numpy(self._targets[spots]),
-                torch.from_numpy(symmetry[mine]),
-                torch.from_numpy(jitter[mine].astype(np.float32)),
-                len(whole),
-            )
+            arrays = self._targets[spots], symmetry[mine], jitter[mine].astype(np.float32)
+            return spots, [torch.from_numpy(array) for array in arrays]
 
-        with ThreadPoolExecutor(1) as reader:
-            starts = range(0, n, self._batch_size)
-            ahead = reader.submit(read, 0)
-            for start in starts:
-                batch = ahead.result()
-                if start + self._batch_size < n:
-                    ahead = reader.submit(read, start + self._batch_size)
+        def begin(start: int) -> Callable[[], Batch]:
+            """Have a batch read; what is returned waits for it."""
+            whole = order[start : start + self._batch_size]
+            spots, others = small(whole)
+            patches: Callable[[], torch.Tensor]
+            if self._pin:
+                # All of them: a copy from memory that is not pinned waits for what the GPU has still to do. Memory is asked
+                # for here and not by the readers, because no other thread may call CUDA while a step is captured.
+                others = [tensor.pin_memory() for tensor in others]
+                patches = self._into_pinned(spots, readers)
+            else:
+                future = readers.submit(lambda: torch.from_numpy(self._patches[spots]))
+                patches = future.result
+            target, turned, jittered = others
+            return lambda: Batch(patches(), target, turned, jittered, len(whole))
+
+        n_ahead = _AHEAD_OF_A_GPU if self._pin else 1
+        with ThreadPoolExecutor(_READERS if self._pin else 1) as readers:
+            starts = iter(range(0, n, self._batch_size))
+            ahead = deque(begin(start) for start in islice(starts, n_ahead))
+            while ahead:
+                batch = ahead.popleft()()
+                ahead.extend(begin(start) for start in islice(starts, 1))
                 yield batch
+
+    def _into_pinned(self, spots: np.ndarray, readers: ThreadPoolExecutor) -> Callable[[], torch.Tensor]:
+        """Have patches read by all readers; what is returned waits for them."""
+        # Channels last, as sources of patches keep them.
+        shape = getattr(self._patches, "shape", None) or self._patches[:1].shape
+        levels, channels, height, width = shape[1:]
+        pixels = torch.empty((len(spots), levels, height, width, channels), dtype=torch.uint8, pin_memory=True)
+        patches = pixels.movedim(-1, 2)
+        array = patches.numpy()
+        step = max(_LEAST, -(-len(spots) // _READERS))
+        parts: list[Future[None]] = [
+            readers.submit(read_into, self._patches, spots[i : i + step], array[i : i + step])
+            for i in range(0, len(spots), step)
+        ]
+
+        def wait() -> torch.Tensor:
+            for part in parts:
+                part.result()
+            return patches
+
+        return wait
+
+
+def read_into(source: PatchSource, spots: np.ndarray, out: np.ndarray) -> None:
+    """Read patches into an array, without another copy where the source can."""
+    if isinstance(source, np.ndarray) or not hasattr(source, "take"):
+        out[:] = source[spots]
+    else:
+        source.take(spots, out=out)

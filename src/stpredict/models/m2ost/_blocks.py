@@ -9,11 +9,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from stpredict.models.m2ost import _cpu
 
 # Whether the CPU has AMX; older torch cannot tell.
 AMX = bool(getattr(torch.cpu, "get_capabilities", dict[str, bool])().get("amx_bf16", False))
+
+# Fused attention that may be used on a GPU. That of cuDNN is left out: it is no faster here, and on an H100 (torch 2.11, CUDA
+# 13) gradients in bfloat16 that went through it were wrong.
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class TokenLinear(nn.Linear):

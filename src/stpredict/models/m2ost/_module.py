@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import sdpa_kernel
 
 from stpredict.models.m2ost import _authors
-from stpredict.models.m2ost._blocks import Block, PatchEmbedding
+from stpredict.models.m2ost._blocks import BACKENDS, Block, PatchEmbedding
 
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": {
@@ -26,6 +28,12 @@ PRESETS: dict[str, dict[str, int]] = {
     "base": {"width": 256, "depth": 8, "heads": 4, "mlp_width": 176, "gate_width": 512},
     "large": {"width": 384, "depth": 12, "heads": 6, "mlp_width": 256, "gate_width": 768},
 }
+
+# Arguments of a network, as its ``config`` has them.
+CONFIG = (
+    *("n_genes", "levels", "image_size", "patch_size", "width", "depth", "heads", "cross_heads", "head_width"),
+    *("mlp_width", "gate_width", "dropout", "mask_ratio"),
+)
 
 
 class M2OSTModule(nn.Module):
@@ -94,8 +102,8 @@ class M2OSTModule(nn.Module):
     Examples
     --------
     >>> import torch
-    >>> from stpredict.models.m2ost._module import M2OST
-    >>> model = M2OST.from_preset("tiny", n_genes=5)
+    >>> from stpredict.models import M2OSTModule
+    >>> model = M2OSTModule.from_preset("tiny", n_genes=5)
     >>> spots = torch.randint(0, 256, (2, 3, 3, 112, 112), dtype=torch.uint8)
     >>> model(spots).shape
     torch.Size([2, 5])
@@ -144,7 +152,7 @@ class M2OSTModule(nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """Arguments, fit for JSON, with which ``M2OST(**config)`` builds this network anew."""
+        """Arguments, fit for JSON, with which ``M2OSTModule(**config)`` builds this network anew."""
         return dict(self._config)
 
     @classmethod
@@ -159,7 +167,7 @@ class M2OSTModule(nn.Module):
         n_genes
             Number of outputs.
         overrides
-            Any other parameter of :class:`M2OST`.
+            Any other parameter of :class:`M2OSTModule`.
 
         Raises
         ------
@@ -168,8 +176,8 @@ class M2OSTModule(nn.Module):
 
         Examples
         --------
-        >>> from stpredict.models.m2ost._module import M2OST
-        >>> sum(p.numel() for p in M2OST.from_preset("small", 250).parameters())
+        >>> from stpredict.models import M2OSTModule
+        >>> sum(p.numel() for p in M2OSTModule.from_preset("small", 250).parameters())
         7038858
         """
         if name not in PRESETS:
@@ -196,11 +204,12 @@ class M2OSTModule(nn.Module):
         TypeError
             If the images are neither uint8 nor floating point.
         """
-        x = self._tokens(self._pixels(images))
-        for block in self.blocks[:-1]:
-            x = block(x)
-        classes = torch.cat(self.blocks[-1](x, class_only=True), dim=1)
-        return self.head(self.norm(classes).flatten(1))
+        with sdpa_kernel(BACKENDS) if images.is_cuda else nullcontext():
+            x = self._tokens(self._pixels(images))
+            for block in self.blocks[:-1]:
+                x = block(x)
+            classes = torch.cat(self.blocks[-1](x, class_only=True), dim=1)
+            return self.head(self.norm(classes).flatten(1))
 
     def _pixels(self, images: Tensor) -> Tensor:
         """Checked images as (batch, levels, image_size, image_size, 3) of the parameters' type."""
@@ -212,7 +221,8 @@ class M2OSTModule(nn.Module):
                 f"image_size={size}, or build the network for the patches at hand."
             )
         if images.dtype == torch.uint8:
-            images = images / 255
+            # A number would make it float32 whatever the parameters are.
+            images = images / torch.tensor(255.0, dtype=self.class_token.dtype)
         elif not images.is_floating_point():
             raise TypeError(f"Images are {images.dtype}; expected torch.uint8, or floating point in [0, 1].")
         pixels = images.flatten(0, 1).to(self.class_token.dtype, memory_format=torch.channels_last)
@@ -261,7 +271,7 @@ class M2OSTModule(nn.Module):
         Examples
         --------
         >>> state_dict = torch.load("M2OST_small_best.pth", weights_only=True)  # doctest: +SKIP
-        >>> model = M2OST.from_authors(state_dict).eval()  # doctest: +SKIP
+        >>> model = M2OSTModule.from_authors(state_dict).eval()  # doctest: +SKIP
         """
         state = _authors.clean(state_dict)
         config = _authors.config(state, head_width)

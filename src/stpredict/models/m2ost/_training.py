@@ -5,28 +5,34 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import signal
+import sys
+import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning.pytorch.plugins.precision import MixedPrecision, Precision
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.memory import is_oom_error
-from scanpy import logging as logg
 
 from stpredict.models._device import resolve_precision
+from stpredict.models.m2ost import _checkpoint, _graphs
 from stpredict.models.m2ost._batches import Batch, Batches
-from stpredict.models.m2ost._model import PatchSource
+from stpredict.models.m2ost._model import HISTORY, PatchSource
 from stpredict.models.m2ost._module import M2OSTModule
 
-# What is recorded of every epoch.
-HISTORY = ("train_loss", "val_loss", "val_pcc", "learning_rate")
+logger = logging.getLogger("stpredict")
+
 # On a GPU the losses are looked at this rarely, because a look waits for the queue to drain.
 _STEPS_BETWEEN_CHECKS = 10
 
@@ -105,7 +111,9 @@ def train(
     precision
         ``"bf16"``, ``"32"``, or ``"auto"``.
     checkpoint_dir
-        Folder for a checkpoint after every epoch, to go on from after a kill, and a CSV log. `None` writes nothing.
+        Folder for a checkpoint after every epoch, to go on from after a kill, and a CSV log. It must belong to these data,
+        this recipe and this seed alone: that is not compared. A damaged checkpoint is named in a warning, and training
+        begins anew. `None` writes nothing.
     trainer_kwargs
         For :class:`lightning.pytorch.Trainer`.
 
@@ -120,18 +128,20 @@ def train(
         In the first epoch; later the last good weights are returned, with a warning.
     MemoryError
         The memory of the GPU or the computer is full.
+    KeyboardInterrupt
+        Ctrl-C.
     """
     module = _Training(network, data, recipe, random_state)
     kind = torch.device(device)
     callbacks: list[L.Callback] = []
     if recipe.patience is not None and len(data.validation):
         callbacks.append(EarlyStopping("val_loss", patience=recipe.patience, check_finite=False))
-    resume_from = None
+    resume_from: Path | None = None
     if checkpoint_dir is not None:
-        callbacks.append(ModelCheckpoint(checkpoint_dir, filename="last", save_top_k=1, enable_version_counter=False))
-        if (last := checkpoint_dir / "last.ckpt").is_file():
-            resume_from = last
-            logg.info(f"Going on from {last}.")
+        name = _checkpoint.FILE.removesuffix(ModelCheckpoint.FILE_EXTENSION)
+        callbacks.append(ModelCheckpoint(checkpoint_dir, filename=name, save_top_k=1, enable_version_counter=False))
+        if (resume_from := _checkpoint.find(checkpoint_dir, module.state_dict())) is not None:
+            logger.info(f"Going on from {resume_from}.")
     arguments: dict[str, Any] = {
         "max_epochs": recipe.max_epochs,
         "accelerator": "gpu" if kind.type == "cuda" else "cpu",
@@ -149,13 +159,16 @@ def train(
     arguments.update(trainer_kwargs or {})
     if trainer_kwargs and "callbacks" in trainer_kwargs:
         arguments["callbacks"] = [*callbacks, *trainer_kwargs["callbacks"]]
+    plugins = _as_list(arguments.get("plugins"))
+    if checkpoint_dir is not None and not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        arguments["plugins"] = [*plugins, _checkpoint.AtomicCheckpointIO()]
     try:
-        with _quiet(), torch.random.fork_rng(devices=[kind] if kind.type == "cuda" else []):
+        with _quiet(), _interruptible(), torch.random.fork_rng(devices=[kind] if kind.type == "cuda" else []):
             L.Trainer(**arguments).fit(module, ckpt_path=resume_from, weights_only=True)
     except NonFiniteLoss as error:
         if not np.isfinite(module.history.numpy(force=True)[:, 0]).any():
             raise
-        logg.warning(f"{error} Training stopped; the last good weights are kept.")
+        warnings.warn(f"{error} Training stopped; the last good weights are kept.", UserWarning, stacklevel=3)
     except RuntimeError as error:
         if not is_oom_error(error):
             raise
@@ -184,6 +197,9 @@ class _Training(L.LightningModule):
         self._losses: list[torch.Tensor] = []
         self._weights: list[float] = []
         self._moments: torch.Tensor | None = None
+        # None: not tried yet; False: not to be had.
+        self._graphed: Callable[..., torch.Tensor] | Literal[False] | None = None
+        self._graphed_at: list[int] = []
 
     def train_dataloader(self) -> Batches:
         return self._batches(self._data.train, train=True)
@@ -209,10 +225,20 @@ class _Training(L.LightningModule):
         # Dropout and masking depend on the epoch alone, so a resumed run draws what an unbroken one would.
         torch.manual_seed(hash((self._seed, self.current_epoch, self.global_rank)) % 2**63)
         self._losses, self._weights = [], []
+        if self._graphed and self._graphed_at != self._addresses():
+            self._graphed = False  # someone has put other tensors into the place of the weights
+
+    def on_train_end(self) -> None:
+        self._graphed = None  # its memory is needed for what follows
 
     def training_step(self, batch: Batch, index: int) -> torch.Tensor:
-        images = augment(batch.patches, batch.symmetry, batch.jitter, self._recipe.stain_jitter)
-        squared = (self.network(images).float() - batch.targets).square().mean(1).sum()
+        inputs = batch.patches, batch.targets, batch.symmetry, batch.jitter
+        if len(batch.patches) == self._recipe.batch_size and self._may_be_graphed():
+            if self._graphed is None:
+                self._graphed = self._capture(inputs)
+            squared = (self._graphed or self._squared)(*inputs)
+        else:
+            squared = self._squared(*inputs)
         # Processes average their gradients; this makes the average that of the global batch.
         loss = squared * self.trainer.world_size / batch.n_global
         self._losses.append(loss.detach())
@@ -220,6 +246,47 @@ class _Training(L.LightningModule):
         if self.device.type == "cpu" or len(self._losses) % _STEPS_BETWEEN_CHECKS == 0:
             self._check_losses()
         return loss
+
+    def _squared(
+        self, patches: torch.Tensor, targets: torch.Tensor, symmetry: torch.Tensor, jitter: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum over the spots of a batch of the mean squared error of the genes."""
+        images = augment(patches, symmetry, jitter, self._recipe.stain_jitter)
+        return (self.network(images).float() - targets).square().mean(1).sum()
+
+    def _may_be_graphed(self) -> bool:
+        """Whether a step is one forward and one backward pass on one GPU, with nothing in between that is not ours."""
+        if self.device.type != _graphs.DEVICE or self._graphed is False or not _graphs.ENABLED:
+            return False
+        if self.trainer.accumulate_grad_batches != 1 or torch.is_anomaly_enabled():
+            return False
+        if self._graphed:
+            return True
+        # Hooks of modules would not run.
+        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+        return (
+            type(self.trainer.strategy) is SingleDeviceStrategy
+            and type(self.trainer.precision_plugin) in (Precision, MixedPrecision)
+            and self.trainer.precision in ("32-true", "bf16-mixed")
+            and not any(getattr(module, name) for module in self.network.modules() for name in hooks)
+        )
+
+    def _capture(self, inputs: tuple[torch.Tensor, ...]) -> Callable[..., torch.Tensor] | Literal[False]:
+        config = self.network.config
+        self._graphed_at = self._addresses()
+        return (
+            _graphs.capture(
+                self.network,
+                self._squared,
+                inputs,
+                bf16=self.trainer.precision == "bf16-mixed",
+                draws=bool(config["dropout"] or config["mask_ratio"]),
+            )
+            or False
+        )
+
+    def _addresses(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self.network.parameters()]
 
     def _check_losses(self) -> None:
         bad = (~torch.isfinite(torch.stack(self._losses))).nonzero().flatten().tolist()
@@ -286,7 +353,12 @@ class _Training(L.LightningModule):
             {"params": [p for p in parameters if p.ndim != 2], "weight_decay": 0.0},
         ]
         kind = torch.optim.AdamW if recipe.optimizer == "adamw" else torch.optim.Adam
-        optimizer = kind(groups, lr=recipe.learning_rate)
+        # One kernel instead of dozens; one that also unscales gradients would not go with clipping.
+        fused = self.device.type == "cuda" and getattr(self.trainer.precision_plugin, "scaler", None) is None
+        optimizer = kind(groups, lr=recipe.learning_rate, fused=fused or None)
+        if fused:
+            # Lightning takes any fused optimizer for one that unscales, and refuses to clip for it. Here nothing is scaled.
+            optimizer._step_supports_amp_scaling = False  # type: ignore[union-attr]
         total = max(1, int(self.trainer.estimated_stepping_batches))
         warmup = round(recipe.warmup * total)
 
@@ -336,15 +408,41 @@ def as_settings(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in asdict(recipe).items() if value is not None}
 
 
+def _as_list(value: Any) -> list[Any]:
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let Ctrl-C be a KeyboardInterrupt, and the next one too.
+
+    Lightning ignores the signal from the first one on, and ends the interpreter.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    before = sys.exception()  # what the caller is handling is not of now
+    try:
+        yield
+    except BaseException as error:
+        reason = error.__context__
+        while reason is not None and reason is not before:
+            if isinstance(reason, KeyboardInterrupt):
+                raise KeyboardInterrupt from None
+            reason = reason.__context__
+        raise
+    finally:
+        if threading.current_thread() is threading.main_thread() and handler is not None:
+            signal.signal(signal.SIGINT, handler)
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep Lightning's remarks on hardware and on loaders out of a notebook."""
-    logger = logging.getLogger("lightning.pytorch.utilities.rank_zero")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    remarks = logging.getLogger("lightning.pytorch.utilities.rank_zero")
+    level = remarks.level
+    remarks.setLevel(logging.WARNING)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", module="lightning")
             yield
     finally:
-        logger.setLevel(level)
+        remarks.setLevel(level)

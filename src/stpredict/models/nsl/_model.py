@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import scipy.sparse as sp
 import torch
+from numpy.typing import ArrayLike
 
-from stpredict.models import _io
-from stpredict.models._device import resolve_device
+from stpredict.models._base import FittedModel
+from stpredict.models._device import resolve_device, working_bytes
+from stpredict.models._fields import Arrays, DamagedError, Layout, as_seen, check_arrays, check_scale
+from stpredict.models._reads import check_histogram
 from stpredict.models.nsl._solver import ColorFractions, merge_rare_colors, solve
 from stpredict.models.nsl._stains import unmixing
 
 # Numbers in the largest temporary of a prediction: 256 MB.
 _MAX_ELEMENTS = 2**25
+# Volume spanned by three unit vectors below which they separate no stains.
+_MIN_VOLUME = 1e-9
 
 
-@dataclass(frozen=True, repr=False, eq=False)
-class NSL(_io.Saveable):
+@dataclass(frozen=True, repr=False, eq=False, kw_only=True)
+class NSL(FittedModel):
     r"""A fitted Neural Stain Learning model (Dawood et al. 2021, arXiv 2108.10446).
 
     For gene :math:`g` with stain matrix :math:`S_g` (rows hematoxylin, eosin, residual; unit vectors in the space of
@@ -56,13 +61,14 @@ class NSL(_io.Saveable):
         ``(G,)`` steps taken, and whether they ended by the tolerance.
     reference
         ``(3, 3)`` the stain matrix that the fit started from and was pulled to.
-    params
-        What the model was fitted with; ``bits`` and ``spot_scale`` say which histograms it reads.
+    reads
+        ``{"kind": "histogram", "bits": ..., "spot_scale": ...}``: which colour histograms.
+    params, seen
+        What the model was fitted with, and fingerprints of its training spots.
     """
 
     kind: ClassVar[str] = "nsl"
 
-    genes: list[str]
     stain_matrix: np.ndarray
     weights: np.ndarray
     intercept: np.ndarray
@@ -70,7 +76,19 @@ class NSL(_io.Saveable):
     n_iter: np.ndarray
     converged: np.ndarray
     reference: np.ndarray
-    params: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_histogram(self.reads)
+        check_arrays(vars(self), self._layout(len(self.genes)))
+        for name in ("stain_matrix", "reference"):
+            stains = getattr(self, name)
+            with np.errstate(over="ignore"):
+                norms = np.linalg.norm(stains, axis=-1)
+            if not np.allclose(norms, 1, atol=1e-6):
+                raise DamagedError(name, "has rows that are not of unit length", in_weights=True)
+            if not (np.abs(np.linalg.det(stains)) > _MIN_VOLUME).all():
+                raise DamagedError(name, "is singular: its rows lie in one plane", in_weights=True)
 
     @classmethod
     def fit(
@@ -86,6 +104,8 @@ class NSL(_io.Saveable):
         tol: float = 1e-5,
         max_iter: int = 100,
         device: str = "auto",
+        reads: dict[str, Any],
+        seen: ArrayLike | None = None,
         params: dict[str, Any] | None = None,
     ) -> Self:
         """Fit all genes at once; see :func:`stpredict.tl.fit_nsl` for the parameters.
@@ -104,10 +124,11 @@ class NSL(_io.Saveable):
             ``(3, 3)`` unit rows.
         stains, pull, tol, max_iter, device
             As in :func:`stpredict.tl.fit_nsl`.
-        params
-            Recorded with the model.
+        reads, seen, params
+            Kept with the model; ``seen`` need be neither sorted nor unique.
         """
         device = resolve_device(device)
+        check_scale(expression, "expression")
         mean = expression.mean(axis=0, dtype=np.float64)
         scale = expression.std(axis=0, dtype=np.float64)
         standardized = torch.from_numpy((expression - mean) / scale).to(device)
@@ -119,6 +140,7 @@ class NSL(_io.Saveable):
             pull=pull,
             tol=tol,
             max_iter=max_iter,
+            max_bytes=working_bytes(device),
         )
         found = {name: value.cpu().numpy() for name, value in solution._asdict().items()}
 
@@ -134,6 +156,8 @@ class NSL(_io.Saveable):
             n_iter=for_all(found["n_iter"]),
             converged=for_all(found["converged"]),
             reference=np.asarray(reference, dtype=np.float64),
+            reads=dict(reads),
+            seen=as_seen(seen),
             params=dict(params or {}),
         )
 
@@ -190,35 +214,32 @@ class NSL(_io.Saveable):
                 predicted[rows, genes] = (block @ contributions + intercept[genes]).cpu().numpy()
         return predicted
 
-    def to_state(self) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Header and tensors for :meth:`save`."""
-        header = {"genes": self.genes, "params": self.params}
-        return header, {name: torch.from_numpy(np.ascontiguousarray(getattr(self, name))) for name in self._shapes(0)}
+    def learned(self) -> dict[str, Any]:
+        """Everything that was learned, and the reference."""
+        names = ("stain_matrix", "weights", "direction", "intercept", "loss", "n_iter", "converged", "reference")
+        return {name: getattr(self, name) for name in names}
+
+    def to_state(self) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Header and arrays for :meth:`save`."""
+        header, arrays = super().to_state()
+        return header, arrays | {name: getattr(self, name) for name in self._layout(0)}
 
     @classmethod
-    def from_state(cls, header: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Self:
+    def from_state(cls, header: dict[str, Any], arrays: Arrays) -> Self:
         """Rebuild what :meth:`to_state` took apart."""
-        for name, shape in cls._shapes(len(header["genes"])).items():
-            if tuple(tensors[name].shape) != shape:
-                raise ValueError(f"{name} has the shape {tuple(tensors[name].shape)}, expected {shape}")
-        if missing := {"bits", "spot_scale"} - set(header["params"]):
-            raise ValueError(f"params lack {sorted(missing)}")
-        return cls(
-            genes=list(header["genes"]),
-            params=dict(header["params"]),
-            **{name: tensors[name].numpy() for name in cls._shapes(0)},
-        )
+        common = cls._common_state(header, arrays)
+        return cls(**common, **arrays.read(cls._layout(len(common["genes"]))))
 
     @staticmethod
-    def _shapes(n_genes: int) -> dict[str, tuple[int, ...]]:
+    def _layout(n_genes: int) -> Layout:
         return {
-            "stain_matrix": (n_genes, 3, 3),
-            "weights": (n_genes, 2),
-            "intercept": (n_genes,),
-            "loss": (n_genes,),
-            "n_iter": (n_genes,),
-            "converged": (n_genes,),
-            "reference": (3, 3),
+            "stain_matrix": ((n_genes, 3, 3), "float64"),
+            "weights": ((n_genes, 2), "float64"),
+            "intercept": ((n_genes,), "float64"),
+            "loss": ((n_genes,), "float64"),
+            "n_iter": ((n_genes,), "int64"),
+            "converged": ((n_genes,), "bool"),
+            "reference": ((3, 3), "float64"),
         }
 
     def _unmixing(self) -> np.ndarray:
@@ -229,7 +250,7 @@ class NSL(_io.Saveable):
         ended = "all converged" if n_stuck == 0 else f"{n_stuck} not converged"
         return (
             f"NSL of {len(self.genes)} genes ({self.params.get('stains', 'per_gene')} stains, field of "
-            f"{self.params.get('spot_scale', '?')} spot diameters)\n"
+            f"{self.reads['spot_scale']} spot diameters)\n"
             f"  fit: {ended}, median of {int(np.median(self.n_iter))} steps; "
             f"explains {100 * (1 - np.median(self.loss)):.1f} % of a gene's variance on training spots (median)"
         )

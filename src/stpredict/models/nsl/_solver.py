@@ -4,9 +4,10 @@ The data term needs the pixels only through six numbers per spot and gene. With 
 :math:`S^{-1}` that unmixes stain :math:`s`, the mean concentration of a spot is :math:`\bar c_s = D_s a_s`, where
 :math:`D_s` is the spot's mean optical density over the pixels that the clamp lets through. The second moments of
 :math:`D = [D_H, D_E]` and of :math:`D` with the expression, a 6 x 6 matrix and a vector of 6 per gene, give the loss,
-its gradient and the Gauss-Newton matrix. One matrix product per iteration makes them; everything else is algebra on
-matrices of at most 6 x 6. (In float64: in float32, rounding decides near the optimum whether a step is taken, and
-genes would depend on which others they are fitted with.)
+its gradient and the Gauss-Newton matrix. One matrix product makes them; everything else is algebra on matrices of at most
+6 x 6. (In float64: in float32, rounding decides near the optimum whether a step is taken, and genes would depend on which
+others they are fitted with.) A step moves few colors to the other side of the clamp, so that from the second step on a CPU
+adds and takes away those alone.
 
 The objective of a gene is the logarithm of its mean squared error plus the pull to the reference: that of a normal
 likelihood with unknown noise, so a gene with a clear signal is pulled less than a noisy one.
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +39,8 @@ _MAX_DAMPING = 1e6
 _NO_NOISE = 1e-3
 # On HER2+ sections the 2,048 most frequent of 4,825 colours hold 99.9 % of the pixels.
 MAX_COLOURS = 2048
+# Part of the colors up to which it is cheaper to add and take away those that changed sides than to multiply all.
+_FEW_CHANGES = 0.4
 
 
 class ColorFractions:
@@ -76,6 +80,12 @@ class ColorFractions:
         for start in range(0, self.shape[0], self._rows):
             rows = slice(start, min(start + self._rows, self.shape[0]))
             yield rows, self._dense(rows)
+
+    @cached_property
+    def transposed(self) -> torch.Tensor | None:
+        """All fractions, ``(n_bins, n_spots)``, on a CPU and if they are a single block."""
+        is_small = self._rows >= self.shape[0] and torch.device(self._device).type == "cpu"
+        return torch.from_numpy(np.ascontiguousarray(self._fractions.T.toarray())) if is_small else None
 
     def _dense(self, rows: slice) -> torch.Tensor:
         return torch.from_numpy(self._fractions[rows].toarray()).to(self._device)
@@ -135,6 +145,8 @@ class _State:
     weights: torch.Tensor  # (G, 2)
     loss: torch.Tensor  # (G,)
     objective: torch.Tensor  # (S,)
+    passes: torch.Tensor  # (S, 2, n_bins) colors that the clamp lets through
+    design: torch.Tensor  # (S, 6, n_spots) D; without spots where it is not kept
 
     def take(self, index: torch.Tensor, *, shared: bool) -> _State:
         if shared:
@@ -212,7 +224,7 @@ def _solve_chunk(
     for _ in range(max_iter):
         current = state.take(active, shared=shared)
         stains = _step(current, damping[active], reference, pull, shared)
-        trial = _evaluate(spots, expression if shared else expression[:, active], stains, reference, pull)
+        trial = _evaluate(spots, expression if shared else expression[:, active], stains, reference, pull, current)
         better = trial.objective < current.objective  # False for what is not finite
         gain = current.objective - trial.objective
         # One small gain may have been an unlucky step; two in a row are an end.
@@ -234,11 +246,22 @@ def _solve_chunk(
 
 
 def _evaluate(
-    spots: ColorFractions, expression: torch.Tensor, stains: torch.Tensor, reference: torch.Tensor, pull: float
+    spots: ColorFractions,
+    expression: torch.Tensor,
+    stains: torch.Tensor,
+    reference: torch.Tensor,
+    pull: float,
+    before: _State | None = None,
 ) -> _State:
     """Moments at these stains, the weights that are optimal there, and the objective."""
     unmix = unmixing(stains)
-    gram, cross, mean = _moments(spots, expression, unmix)
+    passes = torch.einsum("kc,gcs->gsk", spots.od, unmix) > 0
+    if spots.transposed is None:
+        design = unmix.new_empty(len(stains), 6, 0)
+        gram, cross, mean = _moments_of_blocks(spots, expression, passes)
+    else:
+        design = _design(spots.transposed, spots.od, passes, before)
+        gram, cross, mean = _moments(design, expression)
     basis = unmix.new_zeros(len(stains), 6, 2)
     basis[:, :3, 0], basis[:, 3:, 1] = unmix[..., 0], unmix[..., 1]
     features = basis.transpose(1, 2) @ gram @ basis
@@ -250,34 +273,66 @@ def _evaluate(
     objective = (data_term if len(stains) == len(loss) else data_term.mean()[None]) + pull * (
         stains - reference
     ).square().sum((1, 2))
-    return _State(stains, gram, cross, mean, basis, weights, loss, objective)
+    return _State(stains, gram, cross, mean, basis, weights, loss, objective, passes, design)
 
 
-def _moments(
-    spots: ColorFractions, expression: torch.Tensor, unmix: torch.Tensor
+def _design(fractions: torch.Tensor, od: torch.Tensor, passes: torch.Tensor, before: _State | None) -> torch.Tensor:
+    """``(S, 6, n_spots)`` mean optical density of the colors that pass, from that of the step before where few changed."""
+    if before is None and bool((passes == passes[:1]).all()):  # at the start, all genes have the same stains
+        return _whole_design(fractions, od, passes[:1]).repeat(len(passes), 1, 1)
+    if before is None:
+        return _whole_design(fractions, od, passes)
+    changed = passes ^ before.passes
+    few = changed.sum((1, 2)) <= _FEW_CHANGES * len(od)
+    design = before.design.clone()
+    if not few.all():
+        design[~few] = _whole_design(fractions, od, passes[~few])
+    genes, stains, colors = changed[few].nonzero().T.numpy()
+    sign = np.where(passes[few][genes, stains, colors].numpy(), 1.0, -1.0)
+    # Three rows, red, green and blue, for each gene and stain.
+    rows = ((2 * genes + stains)[:, None] * 3 + np.arange(3)).ravel()
+    values = (sign[:, None] * od.numpy()[colors]).ravel()
+    changes = sp.csr_matrix((values, (rows, np.repeat(colors, 3))), shape=(6 * int(few.sum()), len(od)))
+    design[few] += torch.from_numpy(changes @ fractions.numpy()).view(-1, 6, fractions.shape[1])
+    return design
+
+
+def _whole_design(fractions: torch.Tensor, od: torch.Tensor, passes: torch.Tensor) -> torch.Tensor:
+    clamped = (passes[:, :, None, :] * od.T).reshape(-1, len(od))
+    return (clamped @ fractions).view(len(passes), 6, -1)
+
+
+def _moments(design: torch.Tensor, expression: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Second central moments of D and of D with the expression, and the mean of D."""
+    n = design.shape[2]
+    mean = design.mean(2)
+    centered = design - mean[..., None]
+    cross = centered @ expression.T[..., None] if len(design) > 1 else (centered[0] @ expression).T[..., None]
+    return centered @ centered.mT / n, cross[..., 0] / n, mean
+
+
+def _moments_of_blocks(
+    spots: ColorFractions, expression: torch.Tensor, passes: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Second central moments of D and of D with the expression, and the mean of D (float64)."""
-    od = spots.od
-    n_stains = len(unmix)
-    passes = torch.einsum("kc,gcs->kgs", od, unmix.to(od.dtype)) > 0
-    clamped = (passes[..., None] * od[:, None, None, :]).reshape(len(od), -1)
-
+    """The same from blocks of spots, where D is not kept."""
+    n_stains = len(passes)
+    clamped = (passes[:, :, None, :] * spots.od.T).reshape(-1, len(spots.od)).T.contiguous()
     shift = None
-    first = unmix.new_zeros(n_stains, 6)
-    second = unmix.new_zeros(n_stains, 6, 6)
-    cross = unmix.new_zeros(expression.shape[1], 6)
+    first = clamped.new_zeros(n_stains, 6)
+    second = clamped.new_zeros(n_stains, 6, 6)
+    cross = clamped.new_zeros(expression.shape[1], 6)
     for rows, fractions in spots:
         design = (fractions @ clamped).view(-1, n_stains, 6)
         if shift is None:
             shift = design.mean(0)  # moments about a nearby point do not cancel
         design = (design - shift).permute(1, 0, 2)
-        first += design.sum(1).double()
-        second += (design.transpose(1, 2) @ design).double()
-        cross += (expression[rows].T[:, None, :] @ design)[:, 0].double()
+        first += design.sum(1)
+        second += design.transpose(1, 2) @ design
+        cross += (expression[rows].T[:, None, :] @ design)[:, 0]
     n = spots.shape[0]
     offset = first / n
     # The expression has mean 0, so its moments need no correction for the shift.
-    return second / n - offset[:, :, None] * offset[:, None, :], cross / n, offset + shift.double()  # type: ignore[union-attr]
+    return second / n - offset[:, :, None] * offset[:, None, :], cross / n, offset + shift  # type: ignore[operator]
 
 
 def _step(state: _State, damping: torch.Tensor, reference: torch.Tensor, pull: float, shared: bool) -> torch.Tensor:
