@@ -1,15 +1,20 @@
 from __future__ import annotations
 
 import io
+import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import dask.array as da
 import numpy as np
 import pandas as pd
 import pytest
 import spatialdata as sd
+import zarr
 from anndata import AnnData
 from geopandas import GeoDataFrame
 from scanpy import settings
@@ -19,6 +24,9 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, ShapesModel, TableModel
 from spatialdata.transformations import Affine, BaseTransformation, Identity, Scale, Translation
 from spatialdata.transformations import Sequence as Chain
+
+from stpredict._data.image import Level
+from stpredict._data.slide import Section
 
 # Expression of gene j: weights of hematoxylin and eosin, both, or neither (noise).
 STAINS = np.array([[0.65, 0.70, 0.29], [0.07, 0.99, 0.11]])
@@ -126,9 +134,88 @@ def to_backed() -> Callable[[SpatialData, Path], SpatialData]:
 
 
 @pytest.fixture(scope="session")
+def make_general(make_sdata: Callable[..., SpatialData]) -> Callable[[], SpatialData]:
+    """Two small sections that are as general as their files can tell: turned, sheared, with scales and names of spots."""
+    return lambda: make_sdata(
+        2,
+        size=(150, 190),
+        n_spots=12,
+        n_genes=3,
+        chunks=(3, 64, 100),
+        image_at="sequence",
+        shapes_at="shear",
+        scale_factors=[2, 2],
+        instances="str",
+    )
+
+
+@pytest.fixture(scope="session")
+def on_disk(make_general: Callable[[], SpatialData], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in a zarr store, which no test may write to."""
+    path: Path = tmp_path_factory.mktemp("on_disk") / "slide.zarr"
+    make_general().write(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def other_process() -> Iterator[ProcessPoolExecutor]:
+    """A fresh interpreter, in which sets have another order."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PYTHONHASHSEED", "123")
+            pool.submit(int).result()
+        yield pool
+
+
+@pytest.fixture(scope="session")
 def new_image() -> Callable[..., Any]:
     """Image of spatialdata from ``(3, y, x)`` uint8 pixels: other dtypes, scales, chunks, an alpha channel."""
     return make_image
+
+
+@pytest.fixture
+def chunk_reads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often each chunk of an image on disk is read during the test."""
+    reads: Counter[str] = Counter()
+    original = zarr.storage.LocalStore.get
+
+    async def get(self: Any, key: str, *arguments: Any, **keywords: Any) -> Any:
+        if "/c/" in f"/{key}" and "/images/" in (path := f"{self.root}/{key}"):
+            reads[path] += 1
+        return await original(self, key, *arguments, **keywords)
+
+    monkeypatch.setattr(zarr.storage.LocalStore, "get", get)
+    return reads
+
+
+@pytest.fixture(scope="session")
+def new_section() -> Callable[..., Section]:
+    """Round spots on an image, put together by hand, in pixels unless there is an ``affine``."""
+
+    def make(
+        pixels: Any,
+        xy: Any = (),
+        radii: Any = 1.0,
+        *,
+        affine: np.ndarray | None = None,
+        channels: tuple[int, ...] = (0, 1, 2),
+    ) -> Section:
+        xy = np.asarray(xy, dtype=float).reshape(-1, 2)
+        n = len(xy)
+        return Section(
+            name="spots",
+            xy=xy,
+            radii=np.full(n, radii, dtype=float),
+            instances=np.arange(n),
+            rows=np.arange(n),
+            image_key="HE",
+            coordinate_system="global",
+            levels=(Level(da.asarray(pixels), np.eye(3)),),
+            channels=channels,
+            affine=np.eye(3) if affine is None else affine,
+        )
+
+    return make
 
 
 def make_image(
@@ -215,7 +302,7 @@ def _rows(
     order = (rng.permutation(len(index)) if shuffle else np.arange(len(index)))[n_without_row:]
     spot_ids = index[order]
     if n_without_spot:
-        strangers = [f"stranger_{k}" if index.dtype == object else 9000 + k for k in range(n_without_spot)]
+        strangers = [f"stranger_{k}" if isinstance(index[0], str) else 9000 + k for k in range(n_without_spot)]
         spot_ids = spot_ids.append(pd.Index(strangers))
         expression = np.vstack([expression[order], rng.normal(3, 1, (n_without_spot, n_genes))])
     else:

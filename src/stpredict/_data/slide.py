@@ -1,13 +1,12 @@
-"""SpatialData -> sections: the only place that looks for images, shapes, transformations and row order."""
+"""The one door in: a SpatialData or a table becomes a slide, with all that can go wrong said here, once."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import dask.array as da
-import geopandas as gpd
 import numpy as np
 import pandas as pd
 from anndata import AnnData
@@ -15,73 +14,49 @@ from scanpy import logging as logg
 from spatialdata import SpatialData
 from spatialdata.models import TableModel
 
-from stpredict._data.image import apply_affine, choose_image, full_resolution, listed, rgb_positions
+from stpredict._data.columns import mask_or_none, read_labels
+from stpredict._data.compat import layer_names
+from stpredict._data.elements import Elements
+from stpredict._data.genes import find_genes
+from stpredict._data.identity import identity, pixels_identity
+from stpredict._data.image import Level, apply_affine, choose_image, full_resolution, levels_of, rgb_positions
+from stpredict._data.messages import listed
+from stpredict._data.spots import Spots, annotation, chosen_shapes, spots_of_shapes, spots_of_table
+
+# Marks, in `uns`, a table without expression that was made for predictions.
+_PREDICTIONS = "stpredict_predictions"
+# Where Space Ranger says whether a spot lies under tissue.
+_IN_TISSUE = "in_tissue"
 
 
 @dataclass(frozen=True)
-class Spots:
-    """One spots element and its rows of the table.
+class Section(Spots):
+    """One spots element, its rows of the table, and the image that it lies on.
 
     Attributes
     ----------
-    name
-        Key in ``sdata.shapes``.
-    xy
-        ``(n, 2)`` centres in the spots' own coordinates, x before y.
-    radii
-        ``(n,)`` radii in the spots' own units.
-    instances
-        ``(n,)`` the spots' index in ``sdata.shapes``.
-    rows
-        ``(n,)`` the spots' rows in the table; without a table, the rows that they have in one of all the elements.
-    """
-
-    name: str
-    xy: np.ndarray = field(repr=False)
-    radii: np.ndarray = field(repr=False)
-    instances: np.ndarray = field(repr=False)
-    rows: np.ndarray = field(repr=False)
-
-
-@dataclass(frozen=True)
-class Section:
-    """One spots element, the image that it lies on, and its rows of the table.
-
-    Attributes
-    ----------
-    name
-        Key of the spots in ``sdata.shapes``.
     image_key
         Key of the image in ``sdata.images``.
     coordinate_system
         Where spots and image meet.
-    pixels
-        Full-resolution image, ``(channel, y, x)``, lazy.
+    levels
+        Scales of the image, finest first, lazy.
     channels
-        Positions of red, green and blue among the channels.
+        Positions of red, green, blue and, where there is one, alpha among the channels.
     affine
-        3 x 3, from the spots' own coordinates to pixels of ``pixels``.
-        Pixel *i* covers *[i, i + 1)*.
-    centers
-        ``(n, 2)`` centres of the spots in pixels, x before y.
-    radii
-        ``(n,)`` radii in the spots' own units.
-    instances
-        ``(n,)`` the spots' index in ``sdata.shapes``.
-    rows
-        ``(n,)`` the spots' rows in the table; without a table, the rows that they have in one of all the sections.
+        3 x 3, from the spots' own coordinates to pixels of the finest level. Pixel *i* covers *[i, i + 1)*.
     """
 
-    name: str
     image_key: str
     coordinate_system: str
-    pixels: da.Array = field(repr=False)
-    channels: tuple[int, int, int]
+    levels: tuple[Level, ...] = field(repr=False)
+    channels: tuple[int, ...]
     affine: np.ndarray = field(repr=False)
-    centers: np.ndarray = field(repr=False)
-    radii: np.ndarray = field(repr=False)
-    instances: np.ndarray = field(repr=False)
-    rows: np.ndarray = field(repr=False)
+
+    @property
+    def pixels(self) -> da.Array:
+        """Full-resolution image, ``(channel, y, x)``, lazy."""
+        return self.levels[0].pixels
 
     @property
     def height(self) -> int:
@@ -94,39 +69,233 @@ class Section:
         return int(self.pixels.shape[2])
 
     @property
+    def centers(self) -> np.ndarray:
+        """``(n, 2)`` centers of the spots in pixels, x before y."""
+        return apply_affine(self.affine, self.xy)
+
+    @property
     def diameters(self) -> np.ndarray:
         """``(n,)`` diameters in pixels of the circles with the spots' area."""
         return 2 * self.radii * np.sqrt(abs(np.linalg.det(self.affine[:2, :2])))
 
     @property
-    def fingerprint(self) -> dict[str, Any]:
-        """What identifies the image, without reading it."""
-        return {
-            "image_key": self.image_key,
-            "image_shape": np.array(self.pixels.shape),
-            "affine": self.affine,
-        }
-
-    @property
     def on_image(self) -> np.ndarray:
-        """``(n,)`` spots whose centre lies on the image."""
+        """``(n,)`` spots whose center lies on the image."""
         x, y = self.centers.T
         return (x >= 0) & (x < self.width) & (y >= 0) & (y < self.height)
 
+    @property
+    def identity(self) -> str | None:
+        """What identifies pixels, places and rows; `None` where the pixels have no identity."""
+        return identity(
+            pixels_identity(self.pixels, self.image_key), self.channels, self.affine, self.xy, self.radii, self.rows
+        )
 
-def read_table(sdata: SpatialData, table_key: str | None = None) -> tuple[str, AnnData]:
-    """Find the table that annotates spots.
+
+@dataclass(frozen=True)
+class Slide:
+    """Everything that a call is about, read once.
+
+    Attributes
+    ----------
+    table
+        Expression and results, a row for each spot.
+    table_key
+        Where it is in ``sdata.tables``; "" for a table by itself.
+    spots
+        The spots elements, in the order of the table's regions.
+    sections
+        The same with their images; empty where no image was asked for.
+    elements
+        What was asked for.
+    home
+        The SpatialData; `None` for a table by itself.
+    is_new
+        Whether the table is still to be put into ``home``.
+    """
+
+    table: AnnData = field(repr=False)
+    table_key: str
+    spots: Sequence[Spots]
+    sections: Sequence[Section]
+    elements: Elements
+    home: SpatialData | None = field(repr=False, default=None)
+    is_new: bool = False
+
+    @property
+    def n_obs(self) -> int:
+        """Rows of the table."""
+        return int(self.table.n_obs)
+
+    @property
+    def rows(self) -> np.ndarray:
+        """Rows that have a spot, ascending."""
+        return np.sort(np.concatenate([spots.rows for spots in self.spots]))
+
+    def mask(self, rows: np.ndarray) -> np.ndarray:
+        """``(n_obs,)`` which rows these are."""
+        found = np.zeros(self.n_obs, dtype=bool)
+        found[rows] = True
+        return found
+
+    @property
+    def on_image(self) -> np.ndarray:
+        """``(n_obs,)`` rows whose spot's center lies on an image (has a spot, where no image was asked for)."""
+        if not self.sections:
+            return self.mask(self.rows)
+        return self.mask(np.concatenate([section.rows[section.on_image] for section in self.sections]))
+
+    @property
+    def in_tissue(self) -> np.ndarray:
+        """``(n_obs,)`` rows that are not marked as lying beside the tissue (``obs["in_tissue"]``, as Space Ranger has it)."""
+        found = np.ones(self.n_obs, dtype=bool)
+        if _IN_TISSUE in self.table.obs:
+            known = self.table.obs[_IN_TISSUE].notna().to_numpy()  # sections of other makers have no such marks
+            if (marks := mask_or_none(self.table.obs[known], _IN_TISSUE)) is not None:
+                found[known] = marks
+        return found
+
+    @property
+    def section_of(self) -> np.ndarray:
+        """``(n_obs,)`` name of each row's section; "" for rows without a spot."""
+        key = self.elements.section_key
+        if key is not None:
+            return read_labels(self.table.obs, key, self.rows, "section_key")
+        names = np.full(self.n_obs, "", dtype=object)
+        for spots in self.spots:
+            names[spots.rows] = spots.name
+        return names
+
+    @property
+    def patient_of(self) -> np.ndarray | None:
+        """``(n_obs,)`` name of each row's patient; `None` where patients are not known."""
+        key = self.elements.patient_key
+        return None if key is None else read_labels(self.table.obs, key, self.rows, "patient_key")
+
+    def title(self, spots: Spots) -> str:
+        """What to call the rows of a spots element: their section's name where they have one in common."""
+        names = pd.unique(self.section_of[spots.rows])
+        return str(names[0]) if len(names) == 1 else spots.name
+
+    def identity(self) -> str | None:
+        """What identifies all sections and how many rows there are."""
+        return identity(self.n_obs, *(section.identity for section in self.sections))
+
+    def without(self, left_out: Sequence[str]) -> Slide:
+        """The same without some spots elements."""
+        return replace(
+            self,
+            spots=[spots for spots in self.spots if spots.name not in left_out],
+            sections=[section for section in self.sections if section.name not in left_out],
+        )
+
+
+def open_slide(data: SpatialData | AnnData, elements: Elements, *, images: bool) -> Slide:
+    """Read which spots, images and rows a call is about.
 
     Parameters
     ----------
-    sdata
-        Where to look.
-    table_key
-        Key in ``sdata.tables``. `None` takes the only table that annotates anything.
+    data
+        A SpatialData; where no image is needed, a table by itself will do.
+    elements
+        What is asked for.
+    images
+        Whether images are needed.
 
-    Returns
-    -------
-    The key and the table itself (no copy).
+    Raises
+    ------
+    TypeError
+        ``data`` is of another type.
+    KeyError, ValueError
+        An element does not exist, nothing fits or several things do; the message lists them and says which argument chooses.
+    """
+    if isinstance(data, AnnData) and not images:
+        check_gene_names(data, "")
+        return Slide(data, "", spots_of_table(data, elements.section_key), [], elements)
+    table_key, table = read_table(data, elements.table_key)
+    spots = spots_of_shapes(data, chosen_shapes(data, table, elements.chosen_spots), table)
+    sections = read_sections(data, spots, elements) if images else []
+    return Slide(table, table_key, spots, sections, elements, data)
+
+
+def open_without_table(
+    sdata: SpatialData, elements: Elements, table_key: str, genes: Sequence[str], *, images: bool = True
+) -> Slide:
+    """Read spots and images for a new table, which is not yet put into ``sdata``: a row for each spot, a column for each gene.
+
+    Raises
+    ------
+    KeyError, ValueError
+        As :func:`open_slide`.
+    """
+    spots = spots_of_shapes(sdata, chosen_shapes(sdata, None, elements.chosen_spots), None)
+    sections = read_sections(sdata, spots, elements) if images else []
+    return Slide(_empty_table(spots, genes), table_key, spots, sections, elements, sdata, is_new=True)
+
+
+def with_more_genes(slide: Slide, genes: Sequence[str]) -> Slide:
+    """A table that was made for predictions alone takes the genes of another model, too; any other stays as it is."""
+    table = slide.table
+    if slide.is_new or not is_for_predictions(table):
+        return slide
+    more = [gene for gene, column in zip(genes, find_genes(table, genes), strict=True) if column < 0]
+    if not more:
+        return slide
+
+    def widened(values: Any) -> np.ndarray:
+        known = values.toarray() if hasattr(values, "toarray") else np.asarray(values)
+        return np.hstack([known, np.full((table.n_obs, len(more)), np.nan, dtype=np.float32)])
+
+    wider = AnnData(
+        X=None if table.X is None else widened(table.X),
+        obs=table.obs,
+        var=table.var.reindex([*table.var_names, *more]),
+        obsm=dict(table.obsm),
+        obsp=dict(table.obsp),
+        uns=dict(table.uns),
+        layers={name: widened(table.layers[name]) for name in layer_names(table)},
+    )
+    for name in table.var:
+        if table.var[name].dtype == bool:
+            wider.var[name] = wider.var[name].astype("boolean").fillna(False).astype(bool)
+    return replace(slide, table=wider, is_new=True)
+
+
+def is_for_predictions(table: AnnData) -> bool:
+    """Whether a table was made here, without expression, so that columns may be added."""
+    return _PREDICTIONS in table.uns
+
+
+def find_table(data: SpatialData | AnnData, elements: Elements) -> AnnData:
+    """The table of a call, before spots and images are looked at."""
+    return data if isinstance(data, AnnData) else read_table(data, elements.table_key)[1]
+
+
+def own_table(slide: Slide, table_key: str, genes: Sequence[str]) -> Slide:
+    """The same spots and images with a new table of some genes, which is not yet put into the SpatialData."""
+    rows = slide.rows
+    _, region_key, instance_key = annotation(slide.table)
+    columns = [region_key, instance_key, slide.elements.section_key, slide.elements.patient_key]
+    obs = slide.table.obs.iloc[rows][list(dict.fromkeys(name for name in columns if name is not None))].copy()
+    obs[region_key] = pd.Categorical(obs[region_key].astype(str))
+    table = TableModel.parse(
+        AnnData(obs=obs, var=pd.DataFrame(index=list(genes))),
+        region=[spots.name for spots in slide.spots],
+        region_key=region_key,
+        instance_key=instance_key,
+    )
+    return replace(
+        slide,
+        table=table,
+        table_key=table_key,
+        spots=[replace(each, rows=np.searchsorted(rows, each.rows)) for each in slide.spots],
+        sections=[replace(each, rows=np.searchsorted(rows, each.rows)) for each in slide.sections],
+        is_new=True,
+    )
+
+
+def read_table(sdata: SpatialData, table_key: str | None) -> tuple[str, AnnData]:
+    """Find the table that annotates spots, and its key (no copy).
 
     Raises
     ------
@@ -137,9 +306,7 @@ def read_table(sdata: SpatialData, table_key: str | None = None) -> tuple[str, A
     ValueError
         There is no table or several, the table annotates nothing, or its genes' names are not unique.
     """
-    if not isinstance(sdata, SpatialData):
-        hint = " Pass the SpatialData that holds this table and its image." if isinstance(sdata, AnnData) else ""
-        raise TypeError(f"Expected a SpatialData, got {type(sdata).__name__}.{hint}")
+    check_spatialdata(sdata)
     tables = sdata.tables
     if table_key is not None:
         if table_key not in tables:
@@ -152,229 +319,97 @@ def read_table(sdata: SpatialData, table_key: str | None = None) -> tuple[str, A
                 "region_key=..., instance_key=...)`."
             )
         annotating = [key for key, table in tables.items() if TableModel.ATTRS_KEY in table.uns]
-        if len(annotating) != 1:
+        if len(annotating) > 1:
+            raise ValueError(f"Several tables annotate spots, {listed(annotating)}. Choose one with `table_key`.")
+        table_key = annotating[0] if annotating else next(iter(tables)) if len(tables) == 1 else None
+        if table_key is None:
             raise ValueError(
-                f"Expected one table that annotates spots, found {listed(annotating)} among the tables "
-                f"{listed(tables)}. Choose one with `table_key`."
+                f"None of the tables {listed(tables)} says which spots it annotates (`uns['spatialdata_attrs']` is missing, as "
+                f"after `anndata.concat`). {_PARSE}"
             )
-        table_key = annotating[0]
     table = tables[table_key]
     if TableModel.ATTRS_KEY not in table.uns:
         raise ValueError(
-            f"The table {table_key!r} does not say which spots it annotates (`uns['spatialdata_attrs']` is missing). "
-            "Set it with `spatialdata.models.TableModel.parse(adata, region=..., region_key=..., instance_key=...)`."
+            f"The table {table_key!r} does not say which spots it annotates (`uns['spatialdata_attrs']` is missing, as after "
+            f"`anndata.concat`). {_PARSE}"
         )
-    if not table.var_names.is_unique:
-        twice = table.var_names[table.var_names.duplicated()].unique()
-        raise ValueError(
-            f"`var_names` of the table {table_key!r} are not unique ({listed(twice)} occur more than once); "
-            "genes are found by name, so call `adata.var_names_make_unique()` first."
-        )
+    check_gene_names(table, table_key)
     return table_key, table
 
 
-def read_sections(
-    sdata: SpatialData,
-    table: AnnData | None,
-    *,
-    image_key: str | Mapping[str, str] | None = None,
-    shapes_key: str | Sequence[str] | None = None,
-    coordinate_system: str | None = None,
-) -> list[Section]:
-    """Pair spots with the image that they lie on and with their rows of the table.
+_PARSE = (
+    "Tell it with `sdata[table_key] = spatialdata.models.TableModel.parse(adata, region=[...], region_key=..., "
+    "instance_key=...)`, where `region` are names of spots elements."
+)
 
-    Parameters
-    ----------
-    sdata
-        Images and spots.
-    table
-        The table that annotates the spots. `None` reads spots that no table annotates.
-    image_key
-        Key in ``sdata.images``, or one for each spots element, ``{shapes_key: image_key}``. `None` takes, for
-        each spots element, the finest 3- or 4-channel image under its spots.
-    shapes_key
-        Key or keys in ``sdata.shapes``. `None` takes all spots that the table annotates (or, without a table,
-        the only element).
-    coordinate_system
-        Where spots and images meet. `None` takes any that they share, provided that all shared ones agree.
 
-    Returns
-    -------
-    One section per spots element, in the order of the table's regions.
+def check_spatialdata(sdata: Any) -> None:
+    """Refuse anything but a SpatialData."""
+    if not isinstance(sdata, SpatialData):
+        hint = " Pass the SpatialData that holds this table and its image." if isinstance(sdata, AnnData) else ""
+        raise TypeError(f"Expected a SpatialData, got {type(sdata).__name__}.{hint}")
 
-    Raises
-    ------
-    KeyError
-        An element or coordinate system does not exist.
-    ValueError
-        Nothing fits or several things do; the message lists them and says which argument chooses.
-    """
-    names = _shapes_keys(sdata, table, shapes_key)
+
+def check_gene_names(table: AnnData, table_key: str) -> None:
+    """Refuse a table in which a gene cannot be found by its name."""
+    if not table.var_names.is_unique:
+        twice = table.var_names[table.var_names.duplicated()].unique()
+        raise ValueError(
+            f"`var_names` of the table{f' {table_key!r}' if table_key else ''} are not unique ({listed(twice)} occur more than "
+            "once); genes are found by name, so call `adata.var_names_make_unique()` first."
+        )
+
+
+def read_sections(sdata: SpatialData, spots: Sequence[Spots], elements: Elements) -> list[Section]:
+    """Find the image that each spots element lies on."""
     if not len(sdata.images):
         raise ValueError("There is no image in `sdata.images`. Add the H&E image with `Image2DModel.parse`.")
-    if isinstance(image_key, Mapping) and (unknown := set(image_key) - set(names)):
+    names = [each.name for each in spots]
+    if not isinstance(elements.image_key, str | None) and (unknown := set(elements.image_key) - set(names)):
         raise KeyError(f"`image_key` names the spots {listed(unknown)}, but the spots to read are {listed(names)}.")
-    if coordinate_system is not None and coordinate_system not in sdata.coordinate_systems:
+    system = elements.coordinate_system
+    if system is not None and system not in sdata.coordinate_systems:
         raise KeyError(
-            f"No coordinate system {coordinate_system!r}; the elements know {listed(sorted(sdata.coordinate_systems))}."
+            f"No coordinate system {system!r}; the elements know {listed(sorted(sdata.coordinate_systems))}."
         )
-    return [
-        _read_section(
-            sdata, spots, image_key.get(spots.name) if isinstance(image_key, Mapping) else image_key, coordinate_system
-        )
-        for spots in _read_spots(sdata, table, names)
-    ]
-
-
-def read_spots(sdata: SpatialData, table: AnnData, *, shapes_key: str | Sequence[str] | None = None) -> list[Spots]:
-    """Pair spots with their rows of the table; no image is needed.
-
-    Parameters
-    ----------
-    sdata
-        Spots.
-    table
-        The table that annotates them.
-    shapes_key
-        Key or keys in ``sdata.shapes``. `None` takes all spots that the table annotates.
-
-    Returns
-    -------
-    One per spots element, in the order of the table's regions.
-
-    Raises
-    ------
-    KeyError
-        An element does not exist.
-    ValueError
-        The table annotates no spots, or rows and spots do not fit.
-    """
-    return _read_spots(sdata, table, _shapes_keys(sdata, table, shapes_key))
-
-
-def section_name(section: Section | Spots, table: AnnData) -> str:
-    """``obs["section"]`` where all of the section's rows agree on it, else the key of its spots."""
-    if "section" in table.obs:
-        names = table.obs["section"].iloc[section.rows].unique()
-        if len(names) == 1:
-            return str(names[0])
-    return section.name
-
-
-def _shapes_keys(sdata: SpatialData, table: AnnData | None, shapes_key: str | Sequence[str] | None) -> list[str]:
-    if not len(sdata.shapes):
-        raise ValueError("There are no spots in `sdata.shapes`. Spots are circles made with `ShapesModel.parse`.")
-    if shapes_key is not None:
-        names = [shapes_key] if isinstance(shapes_key, str) else list(shapes_key)
-        if len(set(names)) < len(names):
-            twice = sorted({name for name in names if names.count(name) > 1})
-            raise ValueError(f"`shapes_key` names {listed(twice)} more than once.")
-        for name in names:
-            if name not in sdata.shapes:
-                raise KeyError(f"No spots {name!r} in `sdata.shapes`; it has {listed(sdata.shapes)}.")
-    if table is None:
-        names = names if shapes_key is not None else list(sdata.shapes)
-        if len(names) > 1 and shapes_key is None:
-            raise ValueError(f"There are several spots elements, {listed(names)}. Choose with `shapes_key`.")
-        return names
-
-    region, _, _ = _annotation(table)
-    annotated = [region] if isinstance(region, str) else list(region)
-    if shapes_key is not None:
-        if strangers := [name for name in names if name not in annotated]:
-            raise ValueError(
-                f"The table annotates {listed(annotated)}, not the spots {listed(strangers)}. Choose the spots with "
-                "`shapes_key` or the table with `table_key`."
-            )
-        return names
-    names = [name for name in annotated if name in sdata.shapes]
-    if not names:
-        kinds = {name: element_type for element_type, name, _ in sdata.gen_elements()}
-        found = ", ".join(f"{name!r} ({kinds.get(name, 'not in sdata')})" for name in annotated)
-        raise ValueError(
-            f"The table annotates {found}, none of which are spots; `sdata.shapes` has {listed(sdata.shapes)}. "
-            "Choose another table with `table_key`, or mend its region with `sdata.set_table_annotates_spatialelement`."
-        )
-    if absent := [name for name in annotated if name not in names]:
-        logg.warning(f"The table also annotates {listed(absent)}, which `sdata.shapes` lacks: those rows are left out.")
-    return names
-
-
-def _read_spots(sdata: SpatialData, table: AnnData | None, names: list[str]) -> list[Spots]:
-    found: list[Spots] = []
-    for name in names:
-        shapes = sdata.shapes[name]
-        xy, radii = _circles(shapes, name)
-        if table is None:
-            of_shape = np.arange(len(shapes))
-            rows = sum(len(spots.rows) for spots in found) + of_shape
-        else:
-            rows, of_shape = _match_rows(shapes, table, name)
-        found.append(Spots(name, xy[of_shape], radii[of_shape], shapes.index.to_numpy()[of_shape], rows))
-    return found
+    return [_read_section(sdata, each, elements.image_of(each.name), system) for each in spots]
 
 
 def _read_section(sdata: SpatialData, spots: Spots, image_key: str | None, coordinate_system: str | None) -> Section:
-    chosen = choose_image(sdata, spots.name, spots.xy, image_key, coordinate_system)
-    image = full_resolution(sdata.images[chosen.image_key])
-    centers = apply_affine(chosen.affine, spots.xy)
-    if chosen.n_on_image < len(centers):
-        logg.warning(f"{len(centers) - chosen.n_on_image} of {len(centers)} spots of {spots.name!r} lie off the image.")
-    return Section(
+    chosen = choose_image(sdata, spots.name, spots.xy, 2 * float(np.median(spots.radii)), image_key, coordinate_system)
+    image = sdata.images[chosen.image_key]
+    section = Section(
         name=spots.name,
-        image_key=chosen.image_key,
-        coordinate_system=chosen.coordinate_system,
-        pixels=da.asarray(image.data),
-        channels=rgb_positions(image, chosen.image_key),
-        affine=chosen.affine,
-        centers=centers,
+        xy=spots.xy,
         radii=spots.radii,
         instances=spots.instances,
         rows=spots.rows,
+        image_key=chosen.image_key,
+        coordinate_system=chosen.coordinate_system,
+        levels=levels_of(image, chosen.coordinate_system),
+        channels=rgb_positions(full_resolution(image), chosen.image_key),
+        affine=chosen.affine,
+    )
+    if n_off := int((~section.on_image).sum()):
+        logg.warning(f"{n_off} of {len(spots.rows)} spots of {spots.name!r} lie off the image {chosen.image_key!r}.")
+    return section
+
+
+def _empty_table(spots: Sequence[Spots], genes: Sequence[str]) -> AnnData:
+    """A table without expression; ``rows`` of the spots are its rows."""
+    obs = pd.concat(
+        [
+            pd.DataFrame({"region": each.name, "instance_id": each.instances}, index=each.instances.astype(str))
+            for each in spots
+        ]
+    )
+    if not obs.index.is_unique:
+        obs.index = obs["region"].astype(str) + "_" + obs.index
+    obs["region"] = obs["region"].astype("category")
+    table = AnnData(obs=obs, var=pd.DataFrame(index=list(genes)), uns={_PREDICTIONS: "made by stpredict.tl.predict"})
+    return TableModel.parse(
+        table, region=[each.name for each in spots], region_key="region", instance_key="instance_id"
     )
 
 
-def _circles(shapes: gpd.GeoDataFrame, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Centres and radii; a polygon counts as the circle with its centroid and area."""
-    if len(shapes) == 0:
-        raise ValueError(f"The spots {name!r} are empty.")
-    points = shapes.geometry.centroid
-    xy = np.column_stack([points.x, points.y]).astype(np.float64)
-    if "radius" in shapes.columns:
-        radii = shapes["radius"].to_numpy(dtype=np.float64)
-    else:
-        logg.info(f"{name!r} holds polygons; each counts as the circle with its centroid and area.")
-        radii = np.sqrt(shapes.geometry.area.to_numpy() / np.pi)
-    if not (np.isfinite(xy).all() and np.isfinite(radii).all() and (radii > 0).all()):
-        raise ValueError(f"The spots {name!r} have centres or radii that are not finite and positive.")
-    return xy, radii
-
-
-def _annotation(table: AnnData) -> tuple[str | list[str], str, str]:
-    attrs = table.uns[TableModel.ATTRS_KEY]
-    return attrs[TableModel.REGION_KEY], attrs[TableModel.REGION_KEY_KEY], attrs[TableModel.INSTANCE_KEY]
-
-
-def _match_rows(shapes: gpd.GeoDataFrame, table: AnnData, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of the table that annotate these shapes, and the position of each row's shape."""
-    _, region_key, instance_key = _annotation(table)
-    if not shapes.index.is_unique:
-        raise ValueError(f"The index of the spots {name!r} is not unique, so rows cannot be matched to spots.")
-    rows = np.flatnonzero((table.obs[region_key] == name).to_numpy())
-    instances = table.obs[instance_key].iloc[rows]
-    of_shape = shapes.index.get_indexer(pd.Index(instances))
-    found = of_shape >= 0
-    if not found.any():
-        raise ValueError(
-            f"No row of the table belongs to a spot of {name!r}: the table's {instance_key!r} "
-            f"({instances.dtype}, such as {listed(instances[:3])}) and the spots' index ({shapes.index.dtype}, such "
-            f"as {listed(shapes.index[:3])}) have nothing in common. Note that 1 and '1' are different."
-        )
-    if not found.all():
-        logg.warning(f"{(~found).sum()} of {len(rows)} rows of {name!r} have no spot in `sdata.shapes`: left out.")
-    instances_found = instances[found]
-    if instances_found.duplicated().any():
-        raise ValueError(f"Several rows of the table belong to the same spot of {name!r}; expected one row per spot.")
-    if n_extra := len(shapes) - int(found.sum()):
-        logg.info(f"{n_extra} of {len(shapes)} spots of {name!r} have no row in the table.")
-    return rows[found].astype(np.int64), of_shape[found]
+__all__ = ["Section", "Slide", "annotation", "open_slide", "open_without_table", "read_table"]

@@ -1,352 +1,347 @@
-"""Results -> table: the only place that writes layers, uns, obs, obsm and var."""
+"""The one door out: results are prepared, checked, and put into a table in one step that is whole or undone."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
-import pandas as pd
 from anndata import AnnData
-from scanpy import logging as logg
 from spatialdata import SpatialData
 from spatialdata.models import TableModel
 
-if TYPE_CHECKING:
-    from stpredict._data.slide import Section
-    from stpredict.pp._histogram import ColorHistogram
-    from stpredict.pp._statistics import ColorStatistics
+from stpredict._data.columns import mask_or_none
+from stpredict._data.compat import layer_names
 
-_HISTOGRAM, _STATISTICS = "color_histogram", "color_statistics"
-
-
+# The parts of a table that results go to.
+_PLACES = ("layers", "obsm", "obs", "var", "uns")
+# Where the entry of a result in `uns` notes what else belongs to it, and what it describes.
+_WRITTEN, _OF = "written", "of"
+# Columns of predictions, and of their scores, by what follows their key.
+_AFTER_KEY = {"obs": ("train", "fold"), "var": ("fitted",)}
+SCORES = {
+    "obs": ("pcc", "rmse"),
+    "var": (
+        "pcc",
+        "pcc_pooled",
+        "pcc_low",
+        "pcc_high",
+        "spearman",
+        "rmse",
+        "mae",
+        "r2",
+        "variance_ratio",
+        "moran_measured",
+        "moran_predicted",
+        "pvals",
+        "pvals_adj",
+        "predictable",
+        "pcc_of_ceiling",
+    ),
+}
 _STORABLE = "use letters, digits, '_', '-' and '.', not beginning with '__'."
+# A dense layer of spots by all genes beyond this is a mistake more often than it is meant.
+MAX_LAYER_BYTES = 10**9
 
 
-def _storable(key: str) -> bool:
-    """Whether SpatialData takes a name, and AnnData can write it."""
-    return (
-        bool(key)
-        and key not in (".", "..")
-        and not key.startswith("__")
-        and all(c.isalnum() or c in "_-." for c in key)
-    )
+@dataclass
+class Slots:
+    """What one result writes: names and values for each part of a table, under one key.
+
+    Attributes
+    ----------
+    key
+        What everything is named after; ``uns[key]`` tells what was written.
+    entry
+        ``uns[key]``: arrays, numbers, strings and nested dicts of them.
+    layers, obsm, obs, var
+        Arrays and columns by name; `None` as a value, in a check before the work, is a name that is going to be written.
+    of
+        Key of the predictions that this describes (a score); it is taken away together with them.
+    """
+
+    key: str
+    entry: dict[str, Any] = field(default_factory=dict)
+    layers: dict[str, Any] = field(default_factory=dict)
+    obsm: dict[str, Any] = field(default_factory=dict)
+    obs: dict[str, Any] = field(default_factory=dict)
+    var: dict[str, Any] = field(default_factory=dict)
+    of: str = ""
+
+    def names(self, place: str) -> list[str]:
+        """Names that go to a part of the table."""
+        return [self.key] if place == "uns" else list(getattr(self, place))
+
+    def check(self, table: AnnData, argument: str = "key_added") -> None:
+        """Refuse names that could not be stored, or that hold something else.
+
+        Called before the work, so that a wrong key costs no time, and again before writing.
+
+        Raises
+        ------
+        TypeError
+            The key is no string.
+        ValueError
+            AnnData or SpatialData could not store a name, or the user has something there.
+        """
+        check_name(self.key, argument)
+        if self.key == TableModel.ATTRS_KEY:
+            raise ValueError(f"`{argument}` is {self.key!r}, which is taken; choose another.")
+        ours = written_under(table, self.key)
+        for place in _PLACES:
+            content = _content(table, place)
+            for name in self.names(place):
+                if twins := [other for other in content if other != name and str(other).casefold() == name.casefold()]:
+                    raise ValueError(
+                        f"`{argument}` {self.key!r} would make `{place}[{name!r}]`, which differs from "
+                        f"`{place}[{twins[0]!r}]` only in case; choose another."
+                    )
+                if name in content and name not in ours[place]:
+                    raise ValueError(
+                        f"`{place}[{name!r}]` exists and holds no result of stpredict under the key {self.key!r}; choose "
+                        f"another `{argument}`, or delete it."
+                    )
+
+    def write(self, table: AnnData) -> None:
+        """Put everything in place instead of what was written under the key before.
+
+        Raises
+        ------
+        ValueError
+            As :meth:`check`.
+        """
+        self.check(table)
+        write_all(table, [self])
 
 
-def check_key(table: AnnData, key: str) -> None:
-    """Refuse a key under which results could not be written, or would hide something else.
+def write_all(
+    table: AnnData,
+    results: Sequence[Slots],
+    *,
+    home: tuple[SpatialData, str] | None = None,
+    spatial: np.ndarray | None = None,
+) -> None:
+    """Write several results: all of them or, if anything raises, nothing.
+
+    Signals wait meanwhile. What Ctrl-C raises then undoes everything, as any other exception.
+
+    Parameters
+    ----------
+    table
+        Where to.
+    results
+        Whose names were checked.
+    home
+        The SpatialData to put the table into, and the key.
+    spatial
+        ``(n_obs, 2)`` for ``obsm["spatial"]``, which is the ecosystem's and written only where it is absent.
+    """
+    prepared: list[dict[str, dict[str, Any]]] = [_prepare(table, slots) for slots in results]
+    if spatial is not None and "spatial" not in map(str.casefold, table.obsm):
+        prepared.append({"obsm": {"spatial": spatial}})
+    old: dict[str, set[str]] = {place: set() for place in _PLACES}
+    for slots in results:
+        for key in (slots.key, *_dependents(table, slots.key)):
+            for place, names in written_under(table, key).items():
+                old[place] |= names
+    with _held_signals() as deliver:
+        before = {place: dict(_content(table, place).items()) for place in ("layers", "obsm", "uns")}
+        frames = {place: _content(table, place).copy(deep=False) for place in ("obs", "var")}
+        replaced = None if home is None else home[0].tables.get(home[1])
+        try:
+            for place, names in old.items():
+                content = _content(table, place)
+                for name in names:
+                    if name in content:
+                        del content[name]
+            for new in prepared:
+                for place, values in new.items():
+                    content = _content(table, place)
+                    for name, value in values.items():
+                        content[name] = value
+            if home is not None:
+                home[0].tables[home[1]] = table
+            deliver()
+        except BaseException:
+            for place, values in before.items():
+                _restore(_content(table, place), values)
+            for place, frame in frames.items():
+                _restore(_content(table, place), {name: frame[name] for name in frame})
+            if home is not None and home[0].tables.get(home[1]) is not replaced:
+                if replaced is None:
+                    del home[0].tables[home[1]]
+                else:
+                    home[0].tables[home[1]] = replaced
+            raise
+
+
+def written_under(table: AnnData, key: str) -> dict[str, set[str]]:
+    """Names in each part of a table that a result under a key has written, and that are there.
+
+    ``uns[key]`` notes them. Concatenation drops it, or keeps it without what it describes: what is left of predictions and
+    of their scores is then known by its names, beside a layer and a mask of training spots or genes.
+    """
+    entry = table.uns.get(key)
+    noted = entry.get(_WRITTEN) if isinstance(entry, Mapping) else None
+    names: dict[str, set[str]] = {place: set() for place in _PLACES}
+    described = key.removesuffix("_score")
+    if isinstance(noted, Mapping):
+        names |= {place: {str(name) for name in np.atleast_1d(noted.get(place, []))} for place in _PLACES}
+        names["uns"] = {key}
+    elif _is_bereft(table, key):
+        names |= {
+            place: {f"{key}_{name}" for name in (*of_key, *SCORES[place])} for place, of_key in _AFTER_KEY.items()
+        }
+        names |= {"layers": {key}, "obsm": {f"{key}_features"}, "uns": {key} if isinstance(entry, Mapping) else set()}
+    elif described != key and _is_bereft(table, described):
+        names |= {place: {f"{described}_{name}" for name in of_scores} for place, of_scores in SCORES.items()}
+    return {place: {name for name in names[place] if name in _content(table, place)} for place in _PLACES}
+
+
+def _is_bereft(table: AnnData, key: str) -> bool:
+    """Whether there are predictions under a key whose entry in ``uns`` tells nothing of what belongs to them."""
+    entry = table.uns.get(key)
+    if key not in layer_names(table) or isinstance(entry, Mapping) and isinstance(entry.get(_WRITTEN), Mapping):
+        return False
+    return any(_is_mask(table, place, f"{key}_{name}") for place, name in (("obs", "train"), ("var", "fitted")))
+
+
+def _is_mask(table: AnnData, place: str, name: str) -> bool:
+    return mask_or_none(_content(table, place), name) is not None
+
+
+def _dependents(table: AnnData, key: str) -> list[str]:
+    """Keys of results that describe those under a key."""
+    return [
+        other
+        for other, entry in table.uns.items()
+        if other != key and isinstance(entry, Mapping) and _WRITTEN in entry and str(entry.get(_OF, "")) == key
+    ]
+
+
+def check_name(name: object, argument: str) -> None:
+    """Refuse a name that SpatialData does not take, or AnnData cannot write.
 
     Raises
     ------
     TypeError
-        Not a string.
+        It is no string.
     ValueError
-        AnnData or SpatialData could not store it, or it belongs to something that no model of this package wrote.
+        It cannot be stored.
     """
-    if not isinstance(key, str):
-        raise TypeError(f"`key_added` is {key!r}; expected a string.")
-    if not _storable(key):
-        raise ValueError(f"`key_added` is {key!r}, which cannot be stored on disk: {_STORABLE}")
-    if key in (_HISTOGRAM, _STATISTICS, TableModel.ATTRS_KEY):
-        raise ValueError(f"`key_added` is {key!r}, which is taken; choose another.")
-    ours = _is_model(table, key)
-    slots = (("layers", table.layers, key), ("uns", table.uns, key), ("var", table.var, f"{key}_fitted"))
-    for slot, content, name in slots:
-        if twins := [other for other in content if other != name and other.casefold() == name.casefold()]:
-            raise ValueError(
-                f"`key_added` {key!r} would make `{slot}[{name!r}]`, which differs from `{slot}[{twins[0]!r}]` only in "
-                "case; choose another."
-            )
-        if name in content and not ours:
-            raise ValueError(
-                f"`{slot}[{name!r}]` exists and holds no predictions of a model; choose another `key_added`, or delete it."
-            )
+    if not isinstance(name, str):
+        raise TypeError(f"`{argument}` is {name!r}; expected a string.")
+    storable = name not in ("", ".", "..") and not name.startswith("__")
+    if not (storable and all(c.isalnum() or c in "_-." for c in name)):
+        raise ValueError(f"`{argument}` is {name!r}, which cannot be stored on disk: {_STORABLE}")
 
 
-def _is_model(table: AnnData, key: str) -> bool:
-    """Whether a model of this package wrote under a key."""
-    return isinstance(table.uns.get(key), Mapping) and "model" in table.uns[key].get("params", {})
-
-
-def check_features_key(table: AnnData, key: str) -> None:
-    """Refuse a key under which an encoder's features would replace something that no model of this package wrote."""
-    if f"{key}_features" in table.obsm and not _is_model(table, key):
-        raise ValueError(
-            f"`obsm['{key}_features']` exists and holds no features of a model; choose another `key_added`, or delete it."
-        )
-
-
-def check_overlap(table: AnnData, genes: Sequence[str]) -> None:
-    """Refuse a table that has none of a model's genes, and log when some are missing."""
-    found = table.var_names.isin(genes).sum()
-    if found == 0:
-        raise ValueError(
-            f"The table has none of the model's {len(genes)} genes (such as {list(genes[:5])}; the table has genes "
-            f"such as {list(table.var_names[:5])}). Are these the same kind of gene names?"
-        )
-    if found < len(genes):
-        logg.warning(f"The table lacks {len(genes) - found} of the model's {len(genes)} genes: not predicted.")
-
-
-def check_new_table(sdata: SpatialData, key: str) -> None:
-    """Refuse a name that SpatialData would not take for a table."""
+def check_new_table(sdata: SpatialData, key: str, argument: str) -> None:
+    """Refuse a name that SpatialData would not take for a new table."""
+    check_name(key, argument)
     names = [name for _, name, _ in sdata.gen_elements()]
     if twins := [name for name in names if name.casefold() == key.casefold()]:
-        raise ValueError(f"`table_key` is {key!r}, but there is an element {twins[0]!r} already; choose another.")
-    if not _storable(key):
-        raise ValueError(f"`table_key` is {key!r}, which cannot be stored on disk: {_STORABLE}")
+        raise ValueError(f"`{argument}` is {key!r}, but there is an element {twins[0]!r} already; choose another.")
 
 
-def empty_table(sections: Sequence[Section], genes: Sequence[str]) -> AnnData:
-    """A table without expression for spots that no table annotates; fills in the sections' rows."""
-    obs = pd.concat(
-        [
-            pd.DataFrame(
-                {"region": section.name, "instance_id": section.instances}, index=section.instances.astype(str)
-            )
-            for section in sections
-        ]
-    )
-    if not obs.index.is_unique:
-        obs.index = obs["region"].astype(str) + "_" + obs.index
-    obs["region"] = obs["region"].astype("category")
-    table = AnnData(obs=obs, var=pd.DataFrame(index=list(genes)))
-    return TableModel.parse(
-        table, region=[section.name for section in sections], region_key="region", instance_key="instance_id"
-    )
+def check_layer_size(table: AnnData) -> None:
+    """Refuse a dense layer that would be far larger than what it holds."""
+    needed = 4 * table.n_obs * table.n_vars
+    if needed > MAX_LAYER_BYTES:
+        raise ValueError(
+            f"A layer of {table.n_obs} spots x {table.n_vars} genes takes {needed / 1e9:.1f} GB, predicted or "
+            "not. Pass `table_added` to write a table of the predicted genes alone instead."
+        )
 
 
-def write_predictions(
-    table: AnnData, key: str, genes: Sequence[str], predicted: np.ndarray, learned: dict[str, Any]
-) -> None:
-    """Write predictions of a model's genes for all rows, and what the model learned.
-
-    Parameters
-    ----------
-    table
-        Receives ``layers[key]``, ``var[f"{key}_fitted"]`` and ``uns[key]``.
-    key
-        Checked with :func:`check_key`.
-    genes
-        ``G`` names; those that the table lacks are left out.
-    predicted
-        ``(n_obs, G)``, NaN where nothing was predicted.
-    learned
-        Goes into ``uns[key]`` beside ``genes``.
-    """
-    columns = table.var_names.get_indexer(list(genes))
-    layer = np.full(table.shape, np.nan, dtype=np.float32)
-    layer[:, columns[columns >= 0]] = predicted[:, columns >= 0]
-    table.layers[key] = layer
-    table.var[f"{key}_fitted"] = table.var_names.isin(genes)
-    # Copies: editing the table must not edit the model.
-    table.uns[key] = {"genes": np.array(genes, dtype=object), **copy.deepcopy(learned)}
+def _content(table: AnnData, place: str) -> Any:
+    return getattr(table, place)
 
 
-def write_features(table: AnnData, key: str, features: np.ndarray) -> None:
-    """Store the features that an encoder made for a model, ``(n_obs, d)``."""
-    table.obsm[f"{key}_features"] = features
-
-
-def write_color_histogram(table: AnnData, histogram: ColorHistogram) -> None:
-    """Store a histogram of all rows, and what it was made of."""
-    table.obsm[_HISTOGRAM] = histogram.counts
-    table.obsm["mean_od"] = histogram.mean_od
-    table.obsm["color_field"] = histogram.fields
-    table.obs["n_pixels"] = histogram.n_pixels
-    table.obs["coverage"] = histogram.coverage
-    table.uns[_HISTOGRAM] = {"codebook": histogram.codebook, **histogram.made_of}
-
-
-def read_color_histogram(table: AnnData, fields: np.ndarray, made_of: dict[str, Any]) -> dict[str, Any] | None:
-    """The stored histogram, if it was made of the very same images and places."""
-    stored = table.uns.get(_HISTOGRAM)
-    parts = (_HISTOGRAM, "mean_od", "color_field")
-    if stored is None or "coverage" not in table.obs or not all(key in table.obsm for key in parts):
-        return None
-    if not np.array_equal(table.obsm["color_field"], fields, equal_nan=True):
-        return None
-    if not _same({key: value for key, value in stored.items() if key != "codebook"}, made_of):
-        return None
-    return {
-        "counts": table.obsm[_HISTOGRAM],
-        "codebook": stored["codebook"],
-        "mean_od": table.obsm["mean_od"],
-        "coverage": table.obs["coverage"].to_numpy(),
-        "fields": fields,
-        "made_of": made_of,
+def _prepare(table: AnnData, slots: Slots) -> dict[str, dict[str, Any]]:
+    """Everything in its final form; copies, so that editing the table edits nothing else."""
+    written = {place: np.array(sorted(slots.names(place)), dtype=object) for place in ("layers", "obsm", "obs", "var")}
+    entry = {
+        **_storable(copy.deepcopy(slots.entry)),
+        _WRITTEN: {place: names for place, names in written.items() if len(names)},
     }
+    if slots.of:
+        entry[_OF] = slots.of
+    prepared = {
+        "layers": slots.layers,
+        "obsm": slots.obsm,
+        "obs": slots.obs,
+        "var": slots.var,
+        "uns": {slots.key: entry},
+    }
+    for place, n in (("layers", table.n_obs), ("obsm", table.n_obs), ("obs", table.n_obs), ("var", table.n_vars)):
+        for name, values in prepared[place].items():
+            length = values.shape[0] if hasattr(values, "shape") else len(values)
+            if length != n:
+                raise ValueError(f"`{place}[{name!r}]` would have {length} rows; the table has {n}.")
+    return prepared
 
 
-def write_color_statistics(table: AnnData, statistics: ColorStatistics) -> None:
-    """Store statistics of all rows, and what they were made of."""
-    table.obsm[_STATISTICS] = statistics.values
-    table.uns[_STATISTICS] = {"names": np.array(statistics.names, dtype=object), **statistics.made_of}
+def _storable(value: Any) -> Any:
+    """Lists as arrays, and no empty or missing values, which h5ad and zarr do not store."""
+    if isinstance(value, Mapping):
+        return {str(name): _storable(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        array = np.array(value, dtype=object if any(isinstance(item, str) for item in value) else None)
+        return array
+    if isinstance(value, np.ndarray) and value.dtype.kind == "U":
+        return value.astype(object)
+    return value
 
 
-def read_color_statistics(table: AnnData, made_of: dict[str, Any]) -> np.ndarray | None:
-    """The stored statistics, if they were made of the very same images and places."""
-    stored = table.uns.get(_STATISTICS)
-    if stored is None or _STATISTICS not in table.obsm:
-        return None
-    if not _same({key: value for key, value in stored.items() if key != "names"}, made_of):
-        return None
-    return table.obsm[_STATISTICS]
+def _restore(content: MutableMapping[str, Any], values: Mapping[str, Any]) -> None:
+    for name in [name for name in content if name not in values and name is not None]:
+        del content[name]
+    for name, value in values.items():
+        if name is not None and (name not in content or content[name] is not value):
+            content[name] = value
 
 
-def _same(a: Any, b: Any) -> bool:
-    """Equality of nested dicts of arrays, as they come back from h5ad and zarr."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return bool(np.array_equal(a, b))
+@contextmanager
+def _held_signals() -> Iterator[Callable[[], None]]:
+    """Have signals, such as that of Ctrl-C, wait until they are delivered: Python handles them in its main thread alone."""
+    arrived: list[tuple[int, Any]] = []
+    held: dict[int, Any] = {}
 
+    def deliver() -> None:
+        while arrived:
+            number, frame = arrived.pop(0)
+            held[number](number, frame)
 
-_OF_GENES = (
-    "pcc",
-    "pcc_pooled",
-    "pcc_low",
-    "pcc_high",
-    "spearman",
-    "rmse",
-    "mae",
-    "r2",
-    "variance_ratio",
-    "moran_measured",
-    "moran_predicted",
-    "pvals",
-    "pvals_adj",
-    "predictable",
-    "pcc_of_ceiling",
-)
-_OF_SPOTS = ("pcc", "rmse")
-
-
-def check_scores_key(table: AnnData, key: str) -> None:
-    """Refuse a key under which scores could not be written, or would hide something else.
-
-    Raises
-    ------
-    TypeError
-        Not a string.
-    ValueError
-        AnnData or SpatialData could not store it, or columns of that name are no scores of this package.
-    """
-    if not isinstance(key, str):
-        raise TypeError(f"`key_added` is {key!r}; expected a string.")
-    if not _storable(key):
-        raise ValueError(f"`key_added` is {key!r}, which cannot be stored on disk: {_STORABLE}")
-    if f"{key}_score" in table.uns:
+    if threading.current_thread() is not threading.main_thread():
+        yield deliver
         return
-    for slot, frame, names in (("var", table.var, _OF_GENES), ("obs", table.obs, _OF_SPOTS)):
-        if taken := [f"{key}_{name}" for name in names if f"{key}_{name}" in frame]:
-            raise ValueError(
-                f"`{slot}[{taken[0]!r}]` exists and is no score that was written here; choose another `key_added`, or "
-                "delete it."
-            )
+    handlers = {
+        int(number): signal.getsignal(number) for number in signal.valid_signals() if number not in _UNBLOCKABLE
+    }
+    held |= {number: handler for number, handler in handlers.items() if callable(handler)}
+    waiting = list(held)
+    try:
+        for number in waiting:
+            signal.signal(number, lambda *received: arrived.append(received))
+        yield deliver
+    finally:
+        raised: BaseException | None = None
+        while waiting or arrived:
+            try:  # a handler that is back may raise while others are still waiting
+                while waiting:
+                    signal.signal(waiting[-1], held[waiting[-1]])
+                    waiting.pop()
+                deliver()
+            except BaseException as error:  # noqa: BLE001
+                raised = raised or error
+        if raised is not None:
+            raise raised
 
 
-def write_scores(
-    table: AnnData,
-    key: str,
-    of_genes: Mapping[str, np.ndarray],
-    of_spots: Mapping[str, np.ndarray],
-    made_of: dict[str, Any],
-) -> None:
-    """Write scores to columns of ``var`` and ``obs`` instead of those that are there, and how they were made to ``uns``.
-
-    Parameters
-    ----------
-    table
-        Receives ``var[f"{key}_{name}"]``, ``obs[f"{key}_{name}"]`` and ``uns[f"{key}_score"]``.
-    key
-        Checked with :func:`check_scores_key`.
-    of_genes, of_spots
-        Columns by name, ``(n_vars,)`` and ``(n_obs,)``.
-    made_of
-        Settings and summary.
-    """
-    for frame, names, columns in ((table.var, _OF_GENES, of_genes), (table.obs, _OF_SPOTS, of_spots)):
-        frame.drop(columns=[f"{key}_{name}" for name in names], errors="ignore", inplace=True)
-        for name, values in columns.items():
-            frame[f"{key}_{name}"] = values
-    table.uns[f"{key}_score"] = made_of
-
-
-_CEILING = "noise_ceiling"
-
-
-class Halves(NamedTuple):
-    """PCC of the halves of the counts of genes in sections, and its standard error; ``(S, G)`` each, NaN where not known."""
-
-    pcc: np.ndarray
-    error: np.ndarray
-
-
-def write_noise_ceiling(
-    table: AnnData, key: str, genes: Sequence[str], ceiling: np.ndarray, error: np.ndarray, made_of: dict[str, Any]
-) -> None:
-    """Write ceilings of genes over all sections, and what they were made of.
-
-    Parameters
-    ----------
-    table
-        Receives ``var[key]``, ``var[f"{key}_error"]`` and ``uns[key]``.
-    key
-        Checked with :func:`check_noise_ceiling_key`.
-    genes
-        ``G`` names.
-    ceiling, error
-        ``(G,)`` each.
-    made_of
-        Goes into ``uns[key]`` beside ``genes``: ``sections`` (S names), ``halves_pcc`` and ``halves_error`` (S x G), and more.
-    """
-    columns = table.var_names.get_indexer(list(genes))
-    for name, values in ((key, ceiling), (f"{key}_error", error)):
-        column = np.full(table.n_vars, np.nan)
-        column[columns] = values
-        table.var[name] = column
-    table.uns[key] = {"genes": np.array(genes, dtype=object), **made_of}
-
-
-def check_noise_ceiling_key(table: AnnData, key: str) -> None:
-    """Refuse a key under which ceilings could not be written, or would hide something else."""
-    if not isinstance(key, str):
-        raise TypeError(f"`key_added` is {key!r}; expected a string.")
-    if not _storable(key):
-        raise ValueError(f"`key_added` is {key!r}, which cannot be stored on disk: {_STORABLE}")
-    ours = isinstance(table.uns.get(key), Mapping) and "halves_pcc" in table.uns[key]
-    for slot, content, name in (
-        ("uns", table.uns, key),
-        ("var", table.var, key),
-        ("var", table.var, f"{key}_error"),
-    ):
-        if name in content and not ours:
-            raise ValueError(
-                f"`{slot}[{name!r}]` exists and is no noise ceiling; choose another `key_added`, or delete it."
-            )
-
-
-def read_noise_ceiling(table: AnnData, genes: Sequence[str], sections: Sequence[str]) -> Halves | None:
-    """What is stored of genes in sections, if there is anything; :func:`stpredict.tl.evaluation.runs._noise_ceiling.ceiling` makes ceilings of it."""
-    stored = table.uns.get(_CEILING)
-    if not isinstance(stored, Mapping) or "halves_pcc" not in stored:
-        return None
-    rows = pd.Index(stored["sections"]).get_indexer(pd.Index(sections))
-    columns = pd.Index(stored["genes"]).get_indexer(pd.Index(genes))
-    known = (rows[:, None] >= 0) & (columns >= 0)
-    if not known.any():
-        return None
-    pcc, error = (
-        np.where(known, np.asarray(stored[name])[np.ix_(rows, columns)], np.nan)
-        for name in ("halves_pcc", "halves_error")
-    )
-    return Halves(pcc, error)
-
-
-def write_folds(table: AnnData, key: str, folds: Mapping[str, np.ndarray]) -> None:
-    """Write into ``obs[key]`` the name of the fold, ``(n_obs,)`` masks, that holds a row out."""
-    names = np.full(table.n_obs, None, dtype=object)
-    for name, held_out in folds.items():
-        names[held_out] = name
-    table.obs[key] = pd.Categorical(names, categories=list(folds))
+_UNBLOCKABLE = {getattr(signal, name) for name in ("SIGKILL", "SIGSTOP") if hasattr(signal, name)}
