@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import dask
@@ -15,12 +14,15 @@ from spatialdata.models import Image2DModel
 from spatialdata.transformations import BaseTransformation, Identity, Translation, set_transformation
 
 import stpredict as stp
-from stpredict._data.slide import read_sections
+from stpredict._data.slide import Section
 from stpredict.pp import _statistics, _tiles
-from stpredict.pp._statistics import cached_color_statistics
+from stpredict.pp._pass import read_pixels
+from stpredict.pp._statistics import StatisticsReads
 
 Placements = dict[str, tuple[BaseTransformation, np.ndarray]]
 MakeSData = Callable[..., SpatialData]
+NewSection = Callable[..., Section]
+SMALL: dict[str, Any] = {"size": (150, 190), "n_spots": 12, "n_genes": 3, "chunks": (3, 64, 100)}
 
 
 def count(sdata: SpatialData, **options: Any) -> pd.DataFrame:
@@ -29,20 +31,19 @@ def count(sdata: SpatialData, **options: Any) -> pd.DataFrame:
     return statistics
 
 
-def brute_force(sdata: SpatialData, to_pixels: np.ndarray, fields: tuple[float, ...]) -> np.ndarray:
-    """The statistics of section A, from the pixels of each field found one by one."""
-    image = sdata["A_image"].data.compute()
+def brute_force(section: Section, scales: tuple[float, ...]) -> np.ndarray:
+    """The statistics of a section, from the pixels of each field found one by one."""
+    image = section.pixels.compute()
     y, x = np.mgrid[: image.shape[1], : image.shape[2]] + 0.5
-    to_shapes = np.linalg.inv(to_pixels)
+    to_shapes = np.linalg.inv(section.affine)
     own_x = to_shapes[0, 0] * x + to_shapes[0, 1] * y + to_shapes[0, 2]
     own_y = to_shapes[1, 0] * x + to_shapes[1, 1] * y + to_shapes[1, 2]
     rows = []
-    for spot_id in sdata["table"].obs["spot_id"]:
-        spot = sdata["A_spots"].loc[spot_id]
-        distance = np.hypot(own_x - spot.geometry.x, own_y - spot.geometry.y)
+    for center, radius in zip(section.xy, section.radii, strict=True):
+        distance = np.hypot(own_x - center[0], own_y - center[1])
         row = []
-        for field in fields:
-            for channel in -np.log((image[:, distance <= field * spot["radius"]].astype(float) + 1) / 256):
+        for scale in scales:
+            for channel in -np.log((image[:, distance <= scale * radius].astype(float) + 1) / 256):
                 ordered = np.sort(channel)
                 deciles = [ordered[(k * len(ordered) + 9) // 10 - 1] for k in range(1, 10)]
                 row += [channel.mean(), channel.std(), *deciles]
@@ -50,55 +51,59 @@ def brute_force(sdata: SpatialData, to_pixels: np.ndarray, fields: tuple[float, 
     return np.array(rows)
 
 
-@pytest.mark.parametrize("shapes_at", ["identity", "anisotropic", "sequence"])
-@pytest.mark.parametrize("image_at", ["identity", "rotation", "flip", "shear"])
-def test_all_pixels_of_each_field_and_no_other(
-    make_sdata: MakeSData, placements: Placements, image_at: str, shapes_at: str
-) -> None:
-    fields = (0.5, 1.3, 4.0)
-    sdata = make_sdata(size=(130, 170), n_spots=9, image_at=image_at, shapes_at=shapes_at, chunks=(3, 50, 60))
-    found = count(sdata, fields=fields)
-    to_pixels = np.linalg.inv(placements[image_at][1]) @ placements[shapes_at][1]
-    np.testing.assert_allclose(found, brute_force(sdata, to_pixels, fields), rtol=0, atol=1e-6)
-    assert list(found.index) == list(sdata["table"].obs_names)
+def test_all_pixels_of_each_field_and_no_other(new_section: NewSection, placements: Placements) -> None:
+    reads = StatisticsReads((0.5, 1.3, 4.0))
+    rng = np.random.default_rng(0)
+    pixels = da.from_array(rng.integers(0, 256, (3, 80, 90), dtype=np.uint8), chunks=(3, 50, 37))
+    centers = np.array([[45.2137, 38.9071], [3.1137, 5.4071], [70.6137, 79.1071]])
+    matrices = [matrix for _, matrix in placements.values()]
+    for i, image_matrix in enumerate(matrices):
+        to_pixels = np.linalg.inv(image_matrix) @ matrices[(i + 3) % len(matrices)]
+        to_shapes = np.linalg.inv(to_pixels)
+        xy = centers @ to_shapes[:2, :2].T + to_shapes[:2, 2]
+        section = new_section(pixels, xy, 9 * np.sqrt(abs(np.linalg.det(to_shapes))), affine=to_pixels)
+        found = read_pixels([section], [reads], 3)[reads].values
+        np.testing.assert_allclose(found, brute_force(section, reads.spot_scales), rtol=0, atol=1e-6)
 
 
 def test_names_say_what_the_columns_are(make_sdata: MakeSData) -> None:
-    found = count(make_sdata(), fields=(0.5, 2))
+    sdata = make_sdata(**SMALL)
+    found = count(sdata, spot_scale=(0.5, 2))
     assert len(found.columns) == 66
+    assert list(found.index) == list(sdata["table"].obs_names)
     assert list(found.columns[:3]) == ["red_mean_0.5", "red_sd_0.5", "red_decile1_0.5"]
     assert found.columns[-1] == "blue_decile9_2"
     assert (found["green_decile5_2"] >= found["green_decile4_2"]).all()
-    histogram = stp.pp.color_histogram(make_sdata(), spot_scale=2, inplace=False)
+    histogram = stp.pp.color_histogram(sdata, spot_scale=2, inplace=False)
     assert histogram is not None
     means = found[["red_mean_2", "green_mean_2", "blue_mean_2"]]
     np.testing.assert_allclose(means, histogram.mean_od, rtol=0, atol=1e-6)
 
 
-def test_one_color_has_no_spread(make_sdata: MakeSData, new_image: Callable[..., Any]) -> None:
-    sdata = make_sdata()
-    sdata["A_image"] = new_image(np.full((3, 290, 330), 99, dtype=np.uint8), {"A": Identity()})
-    found = count(sdata).to_numpy().reshape(30, -1, 11)
+def test_one_color_has_no_spread(new_section: NewSection) -> None:
+    reads = StatisticsReads()
+    section = new_section(np.full((3, 90, 90), 99, dtype=np.uint8), [[40, 40], [80, 10.3]], 7.0)
+    found = read_pixels([section], [reads], 2)[reads].values.reshape(2, -1, 11)
     np.testing.assert_allclose(np.delete(found, 1, axis=2), -np.log(100 / 256), rtol=1e-6)
     assert (found[..., 1] == 0).all()
 
 
 def test_fields_off_the_image_are_nan(make_sdata: MakeSData) -> None:
-    sdata = make_sdata()
-    set_transformation(sdata["A_spots"], Translation([150, 0], axes=("x", "y")), "A")
-    found = count(sdata, fields=(0.5, 8))
-    small, large = np.isnan(found["red_mean_0.5"]), np.isnan(found["red_mean_8"])
-    assert 0 < large.sum() < small.sum() < 30
-    for field, lost in (("0.5", small), ("8", large)):
-        of_field = found[[name for name in found if str(name).endswith(f"_{field}")]]
+    sdata = make_sdata(**SMALL)
+    set_transformation(sdata["A_spots"], Translation([110, 0], axes=("x", "y")), "A")
+    found = count(sdata, spot_scale=(0.5, 6))
+    small, large = np.isnan(found["red_mean_0.5"]), np.isnan(found["red_mean_6"])
+    assert 0 < large.sum() < small.sum() < 12
+    for scale, lost in (("0.5", small), ("6", large)):
+        of_field = found[[name for name in found if str(name).endswith(f"_{scale}")]]
         np.testing.assert_array_equal(of_field.isna(), np.repeat(lost.to_numpy()[:, None], 33, axis=1))
 
 
 def test_rows_follow_the_table_through_several_sections(make_sdata: MakeSData) -> None:
-    together = make_sdata(3, n_without_row=4)
-    found = count(together)
+    together = make_sdata(3, n_without_row=4, **SMALL)
+    found = count(together, spot_scale=(1, 2))
     for name in "ABC":
-        alone = count(together, shapes_key=f"{name}_spots")
+        alone = count(together, shapes_key=f"{name}_spots", spot_scale=(1, 2))
         rows = (together["table"].obs["section"] == name).to_numpy()
         pd.testing.assert_frame_equal(alone[rows], found[rows])
         assert alone[~rows].isna().all(axis=None)
@@ -107,42 +112,27 @@ def test_rows_follow_the_table_through_several_sections(make_sdata: MakeSData) -
 # Reading
 
 
-@pytest.mark.parametrize(
-    "chunks", [((3,), (290,), (330,)), ((1, 1, 1), (7, 283), (300, 30)), ((2, 1), (145,) * 2, (33,) * 10)]
-)
-def test_chunks_do_not_matter(
-    make_sdata: MakeSData, monkeypatch: pytest.MonkeyPatch, chunks: tuple[tuple[int, ...], ...]
-) -> None:
-    sdata = make_sdata()
+def test_chunks_schedulers_and_dtypes_do_not_matter(make_sdata: MakeSData, monkeypatch: pytest.MonkeyPatch) -> None:
+    sdata = make_sdata(**SMALL)
     expected = count(sdata)
-    pixels = sdata["A_image"].data.rechunk(chunks)
-    sdata["A_image"] = Image2DModel.parse(pixels, dims=("c", "y", "x"), transformations={"A": Identity()})
-    for tile_px in (1, 100, 2048):
-        monkeypatch.setattr(_tiles, "_TILE_PX", tile_px)
-        pd.testing.assert_frame_equal(count(sdata), expected, check_exact=True)
-
-
-def test_schedulers_do_not_matter(make_sdata: MakeSData, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_tiles, "_TILE_PX", 100)
-    sdata = make_sdata(2)
-    expected = count(sdata)
+    pixels = sdata["A_image"].data
+    for chunks in (((3,), (150,), (190,)), ((1, 1, 1), (7, 143), (170, 20))):
+        sdata["A_image"] = Image2DModel.parse(
+            pixels.rechunk(chunks), dims=("c", "y", "x"), transformations={"A": Identity()}
+        )
+        for tile_px in (1, 60, 2048):
+            monkeypatch.setattr(_tiles, "_TILE_PX", tile_px)
+            pd.testing.assert_frame_equal(count(sdata), expected, check_exact=True)
+    monkeypatch.setattr(_tiles, "_TILE_PX", 60)
     for options in ({"scheduler": "synchronous"}, {"scheduler": "threads", "num_workers": 7}):
         with dask.config.set(options):
             pd.testing.assert_frame_equal(count(sdata), expected, check_exact=True)
-
-
-def test_equal_pixels_in_every_dtype(make_sdata: MakeSData) -> None:
-    expected = count(make_sdata())
-    options: list[dict[str, Any]] = [
-        {"dtype": "uint16", "channels": ["a", "b", "g", "r"], "alpha": True, "scale_factors": [2]},
-        {"dtype": "float32"},
-    ]
-    for these in options:
-        pd.testing.assert_frame_equal(count(make_sdata(**these)), expected, check_exact=True)
+    deep = make_sdata(dtype="uint16", channels=["a", "b", "g", "r"], alpha=True, scale_factors=[2], **SMALL)
+    pd.testing.assert_frame_equal(count(deep), expected, check_exact=True)
 
 
 def test_pixels_that_are_no_rgb_are_refused(make_sdata: MakeSData) -> None:
-    sdata = make_sdata()
+    sdata = make_sdata(**SMALL)
     image = sdata["A_image"]
     sdata["A_image"] = image.copy(data=image.data.astype(np.uint16) * 16)  # 12 bits
     with pytest.raises(ValueError, match="nowhere brighter than .* of 65535"):
@@ -153,87 +143,40 @@ def test_pixels_that_are_no_rgb_are_refused(make_sdata: MakeSData) -> None:
 
 
 def test_spots_smaller_than_a_pixel_are_named(make_sdata: MakeSData, log: io.StringIO) -> None:
-    sdata = make_sdata()
+    sdata = make_sdata(**SMALL)
     sdata["A_spots"]["radius"] = 0.01
-    assert count(sdata, fields=(1, 2)).isna().any(axis=1).sum() > 20
+    assert count(sdata, spot_scale=(1, 2)).isna().any(axis=1).sum() > 8
     assert "spots of 'A_spots' are smaller than a pixel of 'A_image'" in log.getvalue()
-    assert "choose a larger `fields`" in log.getvalue()
+    assert "choose a larger `spot_scale`" in log.getvalue()
 
 
 # What is written
 
 
 def test_slots(make_sdata: MakeSData) -> None:
-    sdata = make_sdata(2)
+    sdata = make_sdata(2, **SMALL)
     table = sdata["table"]
     assert stp.pp.color_statistics(sdata, spot_scale=(1, 2.5)) is None
-    found = count(sdata, fields=(1, 2.5))
-    written = table.obsm["color_statistics"]
-    assert written.dtype == np.float32
-    np.testing.assert_array_equal(written, found)
+    found = count(sdata, spot_scale=(1, 2.5))
+    assert set(table.obsm) == {"color_statistics"}, "and `inplace=False` writes nothing"
+    assert table.obsm["color_statistics"].dtype == np.float32
+    np.testing.assert_array_equal(table.obsm["color_statistics"], found)
     about = table.uns["color_statistics"]
-    np.testing.assert_array_equal(about["fields"], [1, 2.5])
     assert about["names"].tolist() == list(found.columns)
-    assert {name: about["sections"][name]["image_key"] for name in about["sections"]} == {
-        "A_spots": "A_image",
-        "B_spots": "B_image",
-    }
-    assert set(table.obsm) == {"color_statistics"}
+    assert list(about["reads"]["spot_scales"]) == [1, 2.5]
+    table.obsm["mine"] = np.ones((24, 1))
+    with pytest.raises(ValueError, match=r"`obsm\['mine'\]` exists and holds no result of stpredict under the key"):
+        stp.pp.color_statistics(sdata, key_added="mine")
 
 
-def test_not_in_place_and_failures_leave_the_table_alone(make_sdata: MakeSData) -> None:
-    sdata = make_sdata()
-    count(sdata)
-    assert not sdata["table"].obsm
-
-    def fail(block: np.ndarray) -> np.ndarray:
-        raise OSError("the disk is gone")
-
-    image = sdata["A_image"]
-    sdata["A_image"] = image.copy(data=image.data.map_blocks(fail, meta=np.empty((0, 0, 0), np.uint8)))
-    with pytest.raises(OSError, match="the disk is gone"):
-        stp.pp.color_statistics(sdata)
-    assert not sdata["table"].obsm
-    assert "color_statistics" not in sdata["table"].uns
+@pytest.mark.parametrize("scales", [(), (0, 1), (2, 1), (1, 1), (1, np.inf), (1, np.nan), "12", ("1",), ((1, 2),)])
+def test_spot_scales_that_are_none(scales: Any) -> None:
+    with pytest.raises(ValueError, match="`spot_scale` is .*; expected ascending positive numbers of spot diameters"):
+        StatisticsReads(scales)
 
 
-@pytest.mark.parametrize("fields", [(), 2.0, (0, 1), (2, 1), (1, 1), (1, np.inf), (1, np.nan), "12", ("1",)])
-def test_fields_that_are_none(make_sdata: MakeSData, fields: Any) -> None:
-    with pytest.raises(ValueError, match="`fields` is .*; expected ascending positive numbers of spot diameters"):
-        stp.pp.color_statistics(make_sdata(), spot_scale=fields)
-
-
-# What is taken from the table
-
-
-def cached(sdata: SpatialData, fields: tuple[float, ...] = (1, 2)) -> np.ndarray:
-    table = sdata["table"]
-    return cached_color_statistics(read_sections(sdata, table), table, spot_scales=fields).values
-
-
-def test_statistics_of_the_same_image_are_taken_from_the_table(
-    make_sdata: MakeSData, to_backed: Callable[[SpatialData, Path], SpatialData], tmp_path: Path
-) -> None:
-    sdata = make_sdata(2)
-    stp.pp.color_statistics(sdata, spot_scale=(1, 2))
-    sdata["table"].obsm["color_statistics"][:] = 7
-    assert (cached(to_backed(sdata, tmp_path / "slide.zarr")) == 7).all()
-    assert (cached(sdata) == 7).all()
-    assert not (cached(sdata, (1, 3)) == 7).any()
-    sdata["B_spots"]["radius"] *= 1.1
-    assert not (cached(sdata) == 7).any()
-
-
-def test_statistics_of_other_images_are_made_anew(make_sdata: MakeSData) -> None:
-    sdata = make_sdata()
-    stp.pp.color_statistics(sdata, spot_scale=(1, 2))
-    sdata["table"].obsm["color_statistics"][:] = 7
-    sdata["A_image"] = Image2DModel.parse(
-        da.zeros((3, 290, 331), dtype=np.uint8), dims=("c", "y", "x"), transformations={"A": Identity()}
-    )
-    assert (cached(sdata).reshape(30, 6, 11)[..., 1] == 0).all()
-    del sdata["table"].obsm["color_statistics"]
-    assert (cached(sdata).reshape(30, 6, 11)[..., 1] == 0).all()
+def test_one_spot_scale() -> None:
+    assert StatisticsReads(2.0) == StatisticsReads((2,))  # type: ignore[arg-type]
 
 
 # Compiled code

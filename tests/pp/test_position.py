@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from stpredict._data.slide import Spots
-from stpredict.pp._position import frames, position_basis
+from stpredict.pp._position import frames, position_basis, reached
 
 
 def section(name: str, rows: np.ndarray, *, shift: float = 0, scale: float = 1, seed: int = 0) -> Spots:
@@ -22,15 +22,16 @@ def test_frames() -> None:
     assert frames([one]) == {"C": [4.0, 5.0, 1.0]}
 
 
-def test_bumps_by_hand() -> None:
+def test_tents_by_hand() -> None:
     spots = section("A", np.arange(20))
     basis = position_basis([spots], 20, {})
     place = spots.xy - [1, 0.5]
     for row in (0, 7):
         for column, (knot_y, knot_x) in enumerate((y, x) for y in np.linspace(-1, 1, 9) for x in np.linspace(-1, 1, 9)):
-            distance = np.hypot(place[row, 0] - knot_x, place[row, 1] - knot_y)
-            np.testing.assert_allclose(basis[row, column], np.exp(-((distance / 0.25) ** 2) / 2), rtol=1e-5)
+            x, y = np.maximum(1 - np.abs(place[row] - [knot_x, knot_y]) / 0.25, 0)
+            np.testing.assert_allclose(basis[row, column], x * y, rtol=1e-5)
     assert basis.shape == (20, 81)
+    np.testing.assert_allclose(basis.sum(axis=1), 1, rtol=1e-5)
 
 
 def test_units_and_origin_do_not_matter() -> None:
@@ -55,7 +56,7 @@ def test_an_unknown_section_shares_only() -> None:
     known = frames([section("A", np.arange(20))])
     for other in (section("B", np.arange(20)), section("A", np.arange(20), shift=5)):
         basis = position_basis([other], 20, known)
-        assert (basis[:, :81].max(axis=0) > 0).all()
+        np.testing.assert_allclose(basis[:, :81].sum(axis=1), 1, rtol=1e-5)
         assert (basis[:, 81:] == 0).all()
 
 
@@ -64,14 +65,54 @@ def test_a_regression_smooths_what_it_has_seen_and_shares_the_rest(held_out: boo
     from stpredict.models import Ridge
 
     rng = np.random.default_rng(0)
-    spots = [section(name, np.arange(i * 150, (i + 1) * 150), seed=i) for i, name in enumerate("ABC")]
+    spots = [section(name, np.arange(i * 90, (i + 1) * 90), seed=i) for i, name in enumerate("ABC")]
     xy = np.concatenate([one.xy for one in spots])
-    shared, own = np.sin(3 * xy[:, 0]), np.where(np.arange(450) < 300, 0, 3 * np.cos(5 * xy[:, 1]))
-    expression = (shared + own + rng.normal(0, 0.3, 450))[:, None].astype(np.float32)
-    training = np.arange(450) < 300 if held_out else rng.random(450) < 0.7
-    basis = position_basis(spots, 450, frames(spots))
-    model = Ridge.fit(basis[training], expression[training], ["g"], common_scale=[slice(0, basis.shape[1])])
-    tested = ~training & (np.arange(450) >= 300)
+    shared, own = np.sin(3 * xy[:, 0]), np.where(np.arange(270) < 180, 0, 3 * np.cos(5 * xy[:, 1]))
+    expression = (shared + own + rng.normal(0, 0.3, 270))[:, None].astype(np.float32)
+    training = np.arange(270) < 180 if held_out else rng.random(270) < 0.7
+    basis = position_basis(spots, 270, frames(spots))
+    reads = {"kind": "features", "sources": {"position": {"from": "position", "n_features": basis.shape[1]}}}
+    whole = [slice(0, basis.shape[1])]
+    model = Ridge.fit(basis[training], expression[training], ["g"], common_scale=whole, uncentered=whole, reads=reads)
+    tested = ~training & (np.arange(270) >= 180)
     predicted = model.predict(basis[tested])[:, 0]
     truth = (shared if held_out else shared + own)[tested]
     assert np.corrcoef(predicted, truth)[0, 1] > 0.9
+
+
+def test_away_from_training_spots_the_mean_is_predicted() -> None:
+    from stpredict.models import Ridge
+
+    rng = np.random.default_rng(0)
+    x, y = np.meshgrid(np.arange(40.0), np.arange(20.0))
+    xy = np.column_stack([x.ravel(), y.ravel()])
+    spots = Spots("A", xy, np.ones(800), np.arange(800), np.arange(800))
+    waves = np.cos(xy @ rng.normal(0, 0.3, (2, 40)) + rng.uniform(0, 6, 40)) @ rng.normal(size=(40, 8))
+    expression = (waves + rng.normal(0, 0.5, waves.shape)).astype(np.float32)
+    for start in (0, 16):
+        apart = np.abs(xy[:, 0] - (start + 3.5)) - 4  # negative in the strip
+        train = np.flatnonzero(apart > 1)
+        basis = position_basis([spots], 800, frames([spots]))
+        basis = basis[:, reached(basis, train)]
+        reads = {"kind": "features", "sources": {"position": {"from": "position", "n_features": basis.shape[1]}}}
+        whole = [slice(0, basis.shape[1])]
+        genes = [f"g{j}" for j in range(8)]
+        model = Ridge.fit(basis[train], expression[train], genes, common_scale=whole, uncentered=whole, reads=reads)
+        held_out = np.flatnonzero(apart < 0)
+        of_model, of_mean = (
+            np.sqrt(((each - expression[held_out]) ** 2).mean())
+            for each in (model.predict(basis[held_out]), expression[train].mean(axis=0))
+        )
+        assert of_model < 1.1 * of_mean
+
+
+def test_few_training_spots_reach_a_tent_nevertheless() -> None:
+    spots = section("A", np.arange(40))
+    basis = position_basis([spots], 40, {})
+    assert (basis.max(axis=1) < 0.7).any()
+    for row in range(40):
+        columns = reached(basis, np.array([row]))
+        assert len(columns) >= 1
+        assert basis[row, columns].max() == basis[row].max()
+    all_rows = reached(basis, np.arange(40))
+    assert (basis[:, all_rows].max(axis=0) >= 0.7).all()

@@ -1,41 +1,35 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import dask.array as da
 import numpy as np
 import pytest
 
 from stpredict._data.slide import Section
 from stpredict.pp import _tiles
-from stpredict.pp._tiles import check_dtype, check_range, tiles, to_uint8
+from stpredict.pp._tiles import brightest_of, check_dtype, check_range, tiles, to_uint8
+
+NewSection = Callable[..., Section]
 
 
-def section(centers: np.ndarray, chunks: tuple[tuple[int, ...], ...], dtype: str = "uint8") -> Section:
-    """A section with unit spots at the given pixels."""
-    n = len(centers)
-    return Section(
-        name="spots",
-        image_key="HE",
-        coordinate_system="global",
-        pixels=da.zeros([sum(sizes) for sizes in chunks], chunks=chunks, dtype=dtype),
-        channels=(0, 1, 2),
-        affine=np.eye(3),
-        centers=np.asarray(centers, dtype=float),
-        radii=np.ones(n),
-        instances=np.arange(n),
-        rows=np.arange(n),
-    )
+def zeros(chunks: tuple[tuple[int, ...], ...], dtype: str = "uint8") -> da.Array:
+    return da.zeros([sum(sizes) for sizes in chunks], chunks=chunks, dtype=dtype)
+
+
+TINY = ((3,), (10,), (10,))
 
 
 @pytest.mark.parametrize("tile_px", [1, 40, 100, 10_000])
 @pytest.mark.parametrize("chunks", [((3,), (64,) * 4 + (9,), (50, 70, 31)), ((1, 2), (265,), (151,))], ids=str)
 def test_tiles_are_made_of_chunks_and_hold_every_touched_pixel_once(
-    monkeypatch: pytest.MonkeyPatch, tile_px: int, chunks: tuple[tuple[int, ...], ...]
+    monkeypatch: pytest.MonkeyPatch, new_section: NewSection, tile_px: int, chunks: tuple[tuple[int, ...], ...]
 ) -> None:
     monkeypatch.setattr(_tiles, "_TILE_PX", tile_px)
     rng = np.random.default_rng(0)
     centers = rng.uniform(-40, [191, 305], (60, 2))
     half = rng.uniform(0.2, 30, (2, 60))
-    of_section = section(centers, chunks)
+    of_section = new_section(zeros(chunks), centers)
     seen = np.zeros((60, 265, 151), dtype=int)
     taken = np.zeros((265, 151), dtype=int)
     for tile in tiles(of_section, *half):
@@ -52,22 +46,21 @@ def test_tiles_are_made_of_chunks_and_hold_every_touched_pixel_once(
     assert (seen[in_y[:, :, None] & in_x[:, None, :]] == 1).all()
 
 
-def test_small_chunks_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_chunks_are_joined(monkeypatch: pytest.MonkeyPatch, new_section: NewSection) -> None:
     monkeypatch.setattr(_tiles, "_TILE_PX", 100)
-    of_section = section(np.array([[150, 150]]), ((3,), (30,) * 10, (300,)))
+    of_section = new_section(zeros(((3,), (30,) * 10, (300,))), [[150, 150]])
     (tile,) = tiles(of_section, np.array([10]), np.array([10]))
     assert (tile.y, tile.x) == (slice(120, 240), slice(0, 300))
 
 
-def test_tiles_that_no_spot_touches_are_left_out() -> None:
-    off = section(np.array([[-50, 20], [20, 400], [9e9, -9e9]]), ((3,), (100, 100), (100,)))
+def test_tiles_that_no_spot_touches_are_left_out(new_section: NewSection) -> None:
+    off = new_section(zeros(((3,), (100, 100), (100,))), [[-50, 20], [20, 400], [9e9, -9e9]])
     assert tiles(off, np.full(3, 10.0), np.full(3, 10.0)) == []
 
 
-@pytest.mark.parametrize("channels", [(0, 1, 2), (2, 0, 1)])
-@pytest.mark.parametrize("n_channels", [3, 4])
-def test_uint8_pixels_stay_as_they_are(channels: tuple[int, int, int], n_channels: int) -> None:
-    block = np.random.default_rng(0).integers(0, 256, (n_channels, 5, 6), dtype=np.uint8)
+@pytest.mark.parametrize(("channels", "n"), [((0, 1, 2), 3), ((2, 0, 1), 3), ((2, 0, 3), 4)])
+def test_uint8_pixels_stay_as_they_are(channels: tuple[int, int, int], n: int) -> None:
+    block = np.random.default_rng(0).integers(0, 256, (n, 5, 6), dtype=np.uint8)
     rgb = to_uint8(block, channels, "HE")
     np.testing.assert_array_equal(rgb, block[list(channels)])
     assert rgb.flags.c_contiguous
@@ -88,6 +81,25 @@ def test_uint16_is_divided_by_257_and_rounded_to_the_nearest() -> None:
     np.testing.assert_array_equal(to_uint8(every, (0, 1, 2), "HE"), np.rint(every / 257))
 
 
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_what_can_be_seen_through_is_glass(dtype: str) -> None:
+    color, opacity = np.meshgrid(np.arange(256), np.arange(256), indexing="ij")
+    block = np.stack([opacity, color, color, 255 - color])
+    kept: dict[str, np.ndarray] = {
+        "uint8": block.astype(np.uint8),
+        "uint16": block.astype(np.uint16) * 257,
+        "float32": block / 255,
+    }
+    stored = kept[dtype].astype(dtype)
+    rgb = to_uint8(stored, (1, 2, 3, 0), "HE")
+    expected = (block[1:] * opacity + 255 * (255 - opacity)) / 255
+    np.testing.assert_array_equal(rgb, np.rint(expected))
+    assert (rgb[:, opacity == 0] == 255).all()
+    np.testing.assert_array_equal(rgb[:, :, 255], block[1:, :, 255], err_msg="what cannot be seen through stays")
+    opaque = np.concatenate([np.full_like(stored[:1], stored.max()), stored[1:]]).astype(dtype)
+    np.testing.assert_array_equal(to_uint8(opaque, (1, 2, 3, 0), "HE"), block[1:])
+
+
 @pytest.mark.parametrize("bad", [-0.01, 1.01, 255.0, np.nan, np.inf])
 def test_floats_outside_of_0_to_1(bad: float) -> None:
     block = np.full((3, 2, 2), 0.5)
@@ -96,25 +108,27 @@ def test_floats_outside_of_0_to_1(bad: float) -> None:
         to_uint8(block, (0, 1, 2), "HE")
 
 
-@pytest.mark.parametrize("dtype", ["int16", "int64", "uint32", "bool"])
-def test_other_dtypes(dtype: str) -> None:
-    with pytest.raises(ValueError, match=f"'HE' has dtype {dtype}; expected uint8"):
-        check_dtype(section(np.zeros((1, 2)), ((3,), (10,), (10,)), dtype))
-
-
-@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float16", "float32", "float64"])
-def test_known_dtypes(dtype: str) -> None:
-    check_dtype(section(np.zeros((1, 2)), ((3,), (10,), (10,)), dtype))
+def test_dtypes(new_section: NewSection) -> None:
+    for dtype in ("uint8", "uint16", "float16", "float32", "float64"):
+        check_dtype(new_section(zeros(TINY, dtype)))
+    for dtype in ("int16", "int64", "uint32", "bool"):
+        with pytest.raises(ValueError, match=f"'HE' has dtype {dtype}; expected uint8"):
+            check_dtype(new_section(zeros(TINY, dtype)))
 
 
 @pytest.mark.parametrize("white", [255, 1023, 4095])
-def test_uint16_that_holds_fewer_bits(white: int) -> None:
-    deep = section(np.zeros((1, 2)), ((3,), (10,), (10,)), "uint16")
-    brightest = to_uint8(np.full((3, 1, 1), white, dtype=np.uint16), (0, 1, 2), "HE").max()
-    with pytest.raises(ValueError, match=r"uint16 image 'HE' is nowhere brighter than \d+ of 65535.*12-bit"):
-        check_range(deep, int(brightest))
+def test_uint16_that_holds_fewer_bits(white: int, new_section: NewSection) -> None:
+    # Opacity of any depth: transparent pixels are white, and tell nothing of the others.
+    for opacity in (None, white, 65535, 0):
+        block = np.full((3, 1, 1), white, dtype=np.uint16)
+        if opacity is not None:
+            block = np.concatenate([block, np.full_like(block[:1], opacity)])
+        brightest = brightest_of(block, tuple(range(len(block))))
+        with pytest.raises(ValueError, match=r"uint16 image 'HE' is nowhere brighter than \d+ of 65535.*12-bit"):
+            check_range(new_section(zeros(TINY, "uint16")), brightest)
 
 
-def test_uint16_that_is_as_bright_as_it_should_be() -> None:
-    check_range(section(np.zeros((1, 2)), ((3,), (10,), (10,)), "uint16"), 200)
-    check_range(section(np.zeros((1, 2)), ((3,), (10,), (10,)), "uint8"), 3)
+def test_uint16_that_is_as_bright_as_it_should_be(new_section: NewSection) -> None:
+    assert brightest_of(np.full((3, 1, 1), 60_000, dtype=np.uint16), (0, 1, 2)) == 233
+    check_range(new_section(zeros(TINY, "uint16")), 200)
+    check_range(new_section(zeros(TINY, "uint8")), 3)

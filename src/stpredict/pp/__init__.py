@@ -1,7 +1,5 @@
 """From the pixels under spots to arrays."""
 
-from stpredict.pp._histogram import ColorHistogram, color_histogram
-from stpredict.pp._patches import Patches, patches
-from stpredict.pp._statistics import color_statistics
+import lazy_loader
 
-__all__ = ["ColorHistogram", "Patches", "color_histogram", "color_statistics", "patches"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -13,7 +13,7 @@ import numba
 import numpy as np
 
 from stpredict._data.slide import Section
-from stpredict.pp._tiles import check_dtype, check_range, to_uint8
+from stpredict.pp._tiles import brightest_of, check_dtype, check_range, to_uint8
 
 # Rows at which neighbouring rows of chunks stop being joined. Fewer cost more calls and more copies of what two bands
 # share, more cost memory: 6 kB for each row and thousand columns.
@@ -21,6 +21,8 @@ BAND_ROWS = 1024
 # Columns that one reading thread takes at a time.
 _PIECE_COLUMNS = 2048
 _WHITE = 255
+# Two bands together; more than most computers have to spare.
+_MAX_BYTES = 16 * 10**9
 
 
 class Boxes(NamedTuple):
@@ -107,6 +109,26 @@ def bands(section: Section, boxes: Boxes, *, align: int = 1, rows: int = BAND_RO
                 reading = reader.submit(_read, section, boxes, steps[i + 1], other, left)
             yield Band(here[: step.stop - step.start], step.start, left, step.complete)
     check_range(section, brightest)
+
+
+def check_memory(section: Section, boxes: Boxes, *, align: int) -> None:
+    """Refuse boxes so large that their bands would not fit into memory, before anything is read.
+
+    Raises
+    ------
+    ValueError
+        What is needed.
+    """
+    if not (steps := _steps(section, boxes, align, BAND_ROWS)):
+        return
+    width = int(boxes.right.max()) - int(boxes.left.min()) + align
+    needed = 2 * 3 * width * max(step.stop - step.start for step in steps)
+    if needed > _MAX_BYTES:
+        raise ValueError(
+            f"The patches of {section.name!r} need {needed / 1e9:.0f} GB of memory for bands of pixels as wide as their widest "
+            f"level ({int((boxes.right - boxes.left).max()):,} pixels). Use fewer `levels` or a smaller `spot_scale`, and check "
+            "the spots' radius."
+        )
 
 
 def _steps(section: Section, boxes: Boxes, align: int, rows: int) -> list[_Step]:
@@ -200,12 +222,10 @@ def _pieces(chunks: tuple[int, ...]) -> Iterator[tuple[int, int]]:
         yield start, stop
 
 
-def _put(
-    block: np.ndarray, *, buffer: np.ndarray, y: int, x: int, channels: tuple[int, int, int], image_key: str
-) -> int:
-    rgb = to_uint8(np.asarray(block), channels, image_key)
-    _interleave(rgb, buffer, y, x)
-    return int(rgb.max()) if block.dtype == np.uint16 else 0
+def _put(block: np.ndarray, *, buffer: np.ndarray, y: int, x: int, channels: tuple[int, ...], image_key: str) -> int:
+    block = np.asarray(block)
+    _interleave(to_uint8(block, channels, image_key), buffer, y, x)
+    return brightest_of(block, channels)
 
 
 @numba.njit(nogil=True, cache=True)

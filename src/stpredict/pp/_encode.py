@@ -2,40 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from tqdm.auto import tqdm
 
-from stpredict._data.slide import Section
-from stpredict.pp._patches import extract
+from stpredict._data.slide import Slide
+from stpredict.pp._patches import PatchReads
+
+Encoder = Callable[[Any], Any]
 
 _BATCH = 64
 
 
-def encode(
-    sections: Sequence[Section],
-    n_obs: int,
-    encoder: Callable[[Any], Any],
-    *,
-    image_size: int,
-    spot_scale: float,
-    device: str,
-) -> np.ndarray:
+def encode(slide: Slide, reads: PatchReads, encoder: Encoder, *, device: str) -> np.ndarray:
     """Apply an encoder to a patch of each spot.
 
     Parameters
     ----------
-    sections
+    slide
         Images and spots.
-    n_obs
-        Rows of the table.
+    reads
+        Which patches, of one level.
     encoder
         ``(b, 3, image_size, image_size)`` float in [0, 1] to ``(b, d)``. A module is moved to ``device``, and is in
         evaluation mode meanwhile.
-    image_size, spot_scale
-        Of the patches, as in :func:`stpredict.pp.patches`.
     device
         Where to compute.
 
@@ -56,10 +48,7 @@ def encode(
     try:
         if module is not None:
             module.to(device).eval()
-        with (
-            torch.inference_mode(),
-            extract(sections, levels=1, image_size=image_size, spot_scale=spot_scale) as patches,
-        ):
+        with torch.inference_mode(), reads.extract(slide) as patches:
             for start in tqdm(range(0, len(patches), _BATCH), desc="encoding", unit="batch", delay=2, leave=False):
                 pixels = torch.from_numpy(patches[start : start + _BATCH][:, 0]).to(device)
                 parts.append(_checked(encoder(pixels.float() / 255), len(pixels)))
@@ -68,7 +57,7 @@ def encode(
         if module is not None:
             module.train(was_training)
     encoded = np.concatenate(parts)
-    features = np.full((n_obs, encoded.shape[1]), np.nan, dtype=np.float32)
+    features = np.full((slide.n_obs, encoded.shape[1]), np.nan, dtype=np.float32)
     features[rows] = encoded
     return features
 

@@ -10,12 +10,14 @@ from scanpy import logging as logg
 
 from stpredict._data.slide import Section
 
-# Pixels whose centre is on the edge of the field belong to it, whatever rounding says.
+# Images that a field may be wide: it is glass almost everywhere then, and most likely in other units.
+_MAX_IMAGES = 8
+# Pixels whose center is on the edge of the field belong to it, whatever rounding says.
 _ON_THE_EDGE = 1e-9
 
 
 class Footprints(NamedTuple):
-    """The ellipses P·u² + 2·Q·u·v + R·v² ≤ 1, in pixels around each centre, that circles become."""
+    """The ellipses P·u² + 2·Q·u·v + R·v² ≤ 1, in pixels around each center, that circles become."""
 
     centers: np.ndarray
     conic: np.ndarray
@@ -39,7 +41,7 @@ def footprints(section: Section, spot_scale: float) -> Footprints:
 
 @numba.njit(nogil=True, cache=True)
 def chord(v: float, conic: np.ndarray, center_x: float) -> tuple[int, int]:
-    """First pixel, and the one after the last, of an ellipse in the row that lies ``v`` below its centre."""
+    """First pixel, and the one after the last, of an ellipse in the row that lies ``v`` below its center."""
     p, q, r = conic
     discriminant = (q * v) ** 2 - p * (r * v * v - 1)
     if discriminant < 0:
@@ -61,10 +63,27 @@ def whole_pixels(centers: np.ndarray, conic: np.ndarray) -> np.ndarray:
     return whole
 
 
-def warn_of_tiny_spots(section: Section, whole: np.ndarray, argument: str) -> None:
+def check_reach(section: Section, spot_scale: float) -> None:
+    """Refuse fields that reach absurdly far beyond the image, before anything is counted.
+
+    Raises
+    ------
+    ValueError
+        The width of the widest field, and that of the image.
+    """
+    widest = spot_scale * float(section.diameters.max())
+    if widest > _MAX_IMAGES * max(section.width, section.height):
+        raise ValueError(
+            f"A field of {spot_scale:g} spot diameters of {section.name!r} is {widest:.3g} pixels wide, on an image "
+            f"{section.image_key!r} of {section.width} x {section.height}. Check the spots' radius, the transformations and "
+            "`spot_scale`."
+        )
+
+
+def warn_of_tiny_spots(section: Section, whole: np.ndarray) -> None:
     """Name spots whose fields have no pixel; most likely they are in other units than the transformations say."""
     if n_tiny := int((whole == 0).sum()):
         logg.warning(
-            f"{n_tiny} spots of {section.name!r} are smaller than a pixel of {section.image_key!r} and have no colour. "
-            f"Check their radius and the transformations, or choose a larger `{argument}`."
+            f"{n_tiny} spots of {section.name!r} are smaller than a pixel of {section.image_key!r} and have no color. "
+            "Check their radius and the transformations, or choose a larger `spot_scale`."
         )

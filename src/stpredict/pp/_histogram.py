@@ -1,23 +1,23 @@
-"""Colour histograms of spots: all that Neural Stain Learning sees of an image."""
+"""Color histograms of spots: all that Neural Stain Learning sees of an image."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
-import dask
 import numba
 import numpy as np
 import scipy.sparse as sp
-from anndata import AnnData
 from spatialdata import SpatialData
-from tqdm.dask import TqdmCallback
 
-from stpredict._data import slots
-from stpredict._data.slide import Section, read_sections, read_table
-from stpredict.pp._footprints import Footprints, chord, footprints, warn_of_tiny_spots, whole_pixels
-from stpredict.pp._tiles import Tile, check_dtype, check_range, tiles, to_uint8
+from stpredict._data.elements import Elements
+from stpredict._data.slide import Section, Slide, open_slide
+from stpredict._data.slots import Slots
+from stpredict.pp._footprints import Footprints, chord, footprints, whole_pixels
+from stpredict.pp._kept import kept_entry, row_fingerprints, still_valid
+from stpredict.pp._pass import read_pixels
+from stpredict.pp._tiles import Tile
 
 # Diameter of the field in spot diameters; docs/explanation/field.md has the cross-validation that chose it.
 DEFAULT_SPOT_SCALE = 2.0
@@ -33,41 +33,33 @@ def optical_density(intensity: np.ndarray) -> np.ndarray:
 
 
 def codebook_od(codebook: np.ndarray, bits: int) -> np.ndarray:
-    """Optical densities of the colours of a codebook, ``(n_bins, 3)``, at the centres of its bins."""
+    """Optical densities of the colors of a codebook, ``(n_bins, 3)``, at the centers of its bins."""
     return optical_density(codebook.astype(np.float64) + (2 ** (8 - bits) - 1) / 2)
 
 
 @dataclass(frozen=True)
 class ColorHistogram:
-    """Colours under spots.
+    """Colors under spots.
 
     Attributes
     ----------
     counts
-        ``(n_spots, n_bins)`` CSR, pixels of each colour, int32.
+        ``(n_spots, n_bins)`` CSR, pixels of each color, int32.
     codebook
         ``(n_bins, 3)`` lowest 8-bit intensities of each bin (red, green, blue).
     mean_od
         ``(n_spots, 3)`` exact mean optical density; NaN for a spot without pixels.
     coverage
         ``(n_spots,)`` share of the field that lies on the image.
-    fields
-        ``(n_spots, 3)`` centre (x, y) and diameter of each spot's field in pixels of the image.
-    made_of
-        ``bits``, ``spot_scale`` and, for each section, which image was read.
+    bits
+        Bits per channel.
     """
 
     counts: sp.csr_matrix
     codebook: np.ndarray
     mean_od: np.ndarray
     coverage: np.ndarray
-    fields: np.ndarray
-    made_of: dict[str, Any]
-
-    @property
-    def bits(self) -> int:
-        """Bits per channel."""
-        return int(self.made_of["bits"])
+    bits: int
 
     @property
     def n_pixels(self) -> np.ndarray:
@@ -79,6 +71,125 @@ class ColorHistogram:
         """``(n_bins, 3)`` optical densities of the codebook."""
         return codebook_od(self.codebook, self.bits)
 
+    @property
+    def rows(self) -> np.ndarray:
+        """Spots that have pixels."""
+        return np.flatnonzero(self.n_pixels > 0)
+
+    def fractions(self, rows: np.ndarray) -> sp.csr_matrix:
+        """Shares of the colors in some spots; each row sums to 1 (to 0 for spots without pixels)."""
+        counts = self.counts[rows]
+        return sp.csr_matrix(sp.diags(1 / np.maximum(np.asarray(counts.sum(axis=1)).ravel(), 1)) @ counts)
+
+    def arguments(self) -> tuple[sp.csr_matrix, np.ndarray]:
+        """What a model predicts :attr:`rows` from."""
+        return self.fractions(self.rows), self.od
+
+    def fingerprints(self) -> np.ndarray:
+        """``(len(rows),)`` fingerprints of the spots' colors; 0 where a spot has a single one, as on glass."""
+        rows = self.rows
+        found = row_fingerprints(np.column_stack([self.mean_od[rows], self.n_pixels[rows]]))
+        return np.where(self.counts[rows].getnnz(axis=1) > 1, found, 0)
+
+
+@dataclass(frozen=True)
+class HistogramReads:
+    """Reads histograms: ``bits`` per channel, of fields ``spot_scale`` spot diameters wide."""
+
+    kind: ClassVar[str] = "histogram"
+
+    bits: int = DEFAULT_BITS
+    spot_scale: float = DEFAULT_SPOT_SCALE
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.bits, int | np.integer) and 1 <= self.bits <= 8):
+            raise ValueError(f"`bits` is {self.bits!r}; expected an integer from 1 to 8.")
+        check_spot_scale(self.spot_scale)
+
+    def describe(self) -> dict[str, Any]:
+        """What a model keeps of it."""
+        return {"kind": self.kind, "bits": int(self.bits), "spot_scale": float(self.spot_scale)}
+
+    @property
+    def spot_scales(self) -> tuple[float, ...]:
+        """Diameters of the fields in spot diameters."""
+        return (float(self.spot_scale),)
+
+    def count(self, rgb: np.ndarray, x0: int, y0: int, places: Sequence[Footprints]) -> _Counts:
+        """Count the colors of each field in one tile."""
+        (place,) = places
+        od_units = np.rint(optical_density(np.arange(256)) / _OD_UNIT).astype(np.int64)
+        return _Counts(*_count(rgb, x0, y0, place.centers, place.conic, place.half_height, self.bits, od_units))
+
+    def of_section(self, section: Section, found: Sequence[Tile], parts: Sequence[_Counts]) -> _OfSection:
+        """Put the tiles of a section together."""
+        od_sum = np.zeros((len(section.rows), 3), dtype=np.int64)
+        for tile, part in zip(found, parts, strict=True):
+            od_sum[tile.spots] += part.od_sum
+        rows = [
+            np.repeat(section.rows[tile.spots], np.diff(part.indptr)) for tile, part in zip(found, parts, strict=True)
+        ]
+        return _OfSection(
+            np.concatenate([np.empty(0, dtype=np.int64), *rows]),
+            np.concatenate([np.empty(0, dtype=np.int32), *(part.bins for part in parts)]),
+            np.concatenate([np.empty(0, dtype=np.int32), *(part.counts for part in parts)]),
+            od_sum,
+            whole_pixels(section.centers, footprints(section, self.spot_scale).conic),
+        )
+
+    def gather(self, sections: Sequence[Section], of_sections: Sequence[_OfSection], n_obs: int) -> ColorHistogram:
+        """One row for each row of the table; those of no section have no pixels."""
+        bins = np.concatenate([each.bins for each in of_sections])
+        used = np.zeros(2 ** (3 * self.bits), dtype=bool)
+        used[bins] = True
+        column = np.cumsum(used) - 1
+        counts = sp.coo_matrix(
+            (
+                np.concatenate([each.counts for each in of_sections]),
+                (np.concatenate([each.rows for each in of_sections]), column[bins]),
+            ),
+            shape=(n_obs, int(used.sum())),
+            dtype=np.int32,
+        ).tocsr()  # adds up what several tiles saw of one spot
+        counts.sort_indices()
+        n_pixels = np.asarray(counts.sum(axis=1)).ravel()
+        od_sum, whole = np.zeros((n_obs, 3), dtype=np.int64), np.zeros(n_obs)
+        for section, each in zip(sections, of_sections, strict=True):
+            od_sum[section.rows], whole[section.rows] = each.od_sum, each.whole
+        with np.errstate(invalid="ignore", divide="ignore"):
+            mean_od = od_sum * _OD_UNIT / n_pixels[:, None]
+            coverage = np.where(whole > 0, n_pixels / whole, 0.0)
+        return ColorHistogram(counts, _codebook(np.flatnonzero(used), self.bits), mean_od, coverage, int(self.bits))
+
+    def slots(self, key: str, histogram: ColorHistogram, made_of: str | None) -> Slots:
+        """What :func:`color_histogram` writes."""
+        content = (histogram.counts, histogram.codebook, histogram.mean_od, histogram.coverage)
+        return Slots(
+            key,
+            entry={"codebook": histogram.codebook, **kept_entry(self.describe(), made_of, content)},
+            obsm={key: histogram.counts, f"{key}_mean_od": histogram.mean_od},
+            obs={f"{key}_n_pixels": histogram.n_pixels, f"{key}_coverage": histogram.coverage},
+        )
+
+    def stored(self, slide: Slide, key: str) -> ColorHistogram | None:
+        """What a table keeps under a key, if it is whole."""
+        table = slide.table
+        try:
+            counts = sp.csr_matrix(table.obsm[key])
+            mean_od, coverage = np.asarray(table.obsm[f"{key}_mean_od"]), table.obs[f"{key}_coverage"].to_numpy()
+            codebook = np.asarray(table.uns[key]["codebook"])
+        except (KeyError, TypeError, ValueError):
+            return None
+        if not still_valid(table.uns[key], (counts, codebook, mean_od, coverage), key):
+            return None
+        return ColorHistogram(counts, codebook, mean_od, coverage, int(self.bits))
+
+
+def check_spot_scale(spot_scale: float) -> None:
+    """Refuse what is no width of a field in spot diameters."""
+    if not (isinstance(spot_scale, int | float | np.number) and np.isfinite(spot_scale) and spot_scale > 0):
+        raise ValueError(f"`spot_scale` is {spot_scale!r}; expected a positive number of spot diameters.")
+
 
 def color_histogram(
     sdata: SpatialData,
@@ -89,17 +200,19 @@ def color_histogram(
     shapes_key: str | Sequence[str] | None = None,
     table_key: str | None = None,
     coordinate_system: str | None = None,
+    key_added: str = "color_histogram",
     inplace: bool = True,
 ) -> ColorHistogram | None:
-    """Count the colours under each spot.
+    """Count the colors under each spot.
 
-    Colours are quantised to ``bits`` bits per channel. Every chunk of a backed image is read at most once; the work is
+    Colors are quantized to ``bits`` bits per channel. Every chunk of a backed image is read at most once; the work is
     spread over dask's current scheduler (threads by default, machines when a :class:`dask.distributed.Client` is
     open), with bit-identical results.
 
-    Images must have the channels red, green and blue (an alpha channel is dropped). ``uint8`` pixels are taken as they
-    are; ``uint16`` pixels are divided by 257, so that 65535 is white (an image nowhere brighter than 12 bits is an
-    error); ``float`` pixels are multiplied by 255 and must lie in [0, 1].
+    Images must have the channels red, green and blue; where there is an alpha channel, colors are laid over white, since
+    what can be seen through is glass. ``uint8`` pixels are taken as they are; ``uint16`` pixels are divided by 257, so
+    that 65535 is white (an image nowhere brighter than 12 bits is an error); ``float`` pixels are multiplied by 255 and
+    must lie in [0, 1].
 
     Parameters
     ----------
@@ -108,15 +221,17 @@ def color_histogram(
     bits
         Bits per channel, 1 to 8. With 5 the mean optical density of a spot is off by 0.0006 (root mean square).
     spot_scale
-        Diameter of the round field around each spot's centre, in spot diameters.
+        Diameter of the round field around each spot's center, in spot diameters.
     image_key
         Key in ``sdata.images``, or ``{shapes_key: image_key}``. `None` takes the finest image under each spots element.
     shapes_key
         Key or keys in ``sdata.shapes``. `None` takes all spots that the table annotates.
     table_key
-        Key in ``sdata.tables``. `None` takes the only one.
+        Key in ``sdata.tables``. `None` takes the only one that annotates spots.
     coordinate_system
         Where spots and images meet. `None` takes any that they share.
+    key_added
+        What the results are named after.
     inplace
         Write to the table, or return the histogram.
 
@@ -125,22 +240,21 @@ def color_histogram(
     `None`, or with ``inplace=False`` the histogram of all rows of the table. Written to the table:
 
     ``obsm["color_histogram"]``
-        ``(n_obs, n_bins)`` CSR int32, pixels of each colour that occurs.
-    ``obsm["mean_od"]``
+        ``(n_obs, n_bins)`` CSR int32, pixels of each color that occurs.
+    ``obsm["color_histogram_mean_od"]``
         ``(n_obs, 3)`` exact mean optical density, −ln((I + 1) / 256), of red, green and blue; NaN where a spot has no
         pixel on the image.
-    ``obsm["color_field"]``
-        ``(n_obs, 3)`` centre (x, y) and diameter of each spot's field in pixels of its image.
-    ``obs["n_pixels"]``, ``obs["coverage"]``
+    ``obs["color_histogram_n_pixels"]``, ``obs["color_histogram_coverage"]``
         Pixels counted, and their share of the field.
     ``uns["color_histogram"]``
-        ``codebook`` (``(n_bins, 3)`` lowest intensities of each bin), ``bits``, ``spot_scale`` and, for each section, the
-        image that was read.
+        ``codebook`` (``(n_bins, 3)`` lowest intensities of each bin), and what it was made of. A model that reads the same
+        colors takes them from here while images, places and rows are the same.
 
     Raises
     ------
-    KeyError, ValueError
-        Elements that are missing or ambiguous, or pixels that cannot be read as RGB; the table is then unchanged.
+    KeyError, TypeError, ValueError
+        Elements that are missing or ambiguous, pixels that cannot be read as RGB, or a key that is taken; the table is then
+        unchanged.
 
     Examples
     --------
@@ -150,138 +264,44 @@ def color_histogram(
     >>> sdata["table"].obsm["color_histogram"].shape[0] == sdata["table"].n_obs
     True
     """
-    _check_arguments(bits, spot_scale)
-    _, table = read_table(sdata, table_key)
-    sections = read_sections(
-        sdata, table, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system
+    reads = HistogramReads(bits, spot_scale)
+    elements = Elements(
+        image_key=image_key, shapes_key=shapes_key, table_key=table_key, coordinate_system=coordinate_system
     )
-    histogram = histogram_of_rows(sections, n_obs=table.n_obs, bits=bits, spot_scale=spot_scale)
+    slide = open_slide(sdata, elements, images=True)
+    names = dict.fromkeys([key_added, f"{key_added}_mean_od"]), dict.fromkeys(["n_pixels", "coverage"])
+    if inplace:
+        Slots(key_added, obsm=names[0], obs={f"{key_added}_{name}": None for name in names[1]}).check(slide.table)
+    histogram: ColorHistogram = read_pixels(slide.sections, [reads], slide.n_obs)[reads]
     if not inplace:
         return histogram
-    slots.write_color_histogram(table, histogram)
+    reads.slots(key_added, histogram, slide.identity()).write(slide.table)
     return None
 
 
-def cached_color_histogram(
-    sections: Sequence[Section], table: AnnData, *, bits: int, spot_scale: float
-) -> ColorHistogram:
-    """Take the histogram from the table when it was made of the same images, else count; writes nothing."""
-    _check_arguments(bits, spot_scale)
-    fields = _fields(sections, table.n_obs, spot_scale)
-    cached = slots.read_color_histogram(table, fields, _describe(sections, bits, spot_scale))
-    if cached is not None:
-        return ColorHistogram(**cached)
-    return histogram_of_rows(sections, n_obs=table.n_obs, bits=bits, spot_scale=spot_scale)
+class _Counts(NamedTuple):
+    """Of one tile: a CSR matrix of spots by bins, and sums of optical densities."""
+
+    indptr: np.ndarray
+    bins: np.ndarray
+    counts: np.ndarray
+    od_sum: np.ndarray
 
 
-def histogram_of_rows(sections: Sequence[Section], *, n_obs: int, bits: int, spot_scale: float) -> ColorHistogram:
-    """Histograms of several sections, one row for each row of the table that they share.
+class _OfSection(NamedTuple):
+    """Entries of the matrix by row of the table, sums of optical densities, and pixels of the whole fields."""
 
-    Rows that belong to none of the sections have no pixels.
-    """
-    for section in sections:
-        check_dtype(section)
-    places = [footprints(section, spot_scale) for section in sections]
-    jobs = [
-        (i, tile, dask.delayed(_count_tile)(section.pixels[:, tile.y, tile.x], tile, places[i].of(tile.spots),
-                                            section.channels, section.image_key, bits))
-        for i, section in enumerate(sections)
-        for tile in tiles(section, places[i].half_width, places[i].half_height)
-    ]  # fmt: skip
-    with TqdmCallback(desc="colour histograms", delay=2, leave=False):
-        parts = dask.compute(*[job for _, _, job in jobs])
-
-    n_bins = 2 ** (3 * bits)
-    rows, bins, counts = [], [], []
-    od_sum = np.zeros((n_obs, 3), dtype=np.int64)
-    brightest = np.zeros(len(sections), dtype=np.int64)
-    for (i, tile, _), part in zip(jobs, parts, strict=True):
-        of_table = sections[i].rows[tile.spots]
-        rows.append(np.repeat(of_table, np.diff(part.indptr)))
-        bins.append(part.bins)
-        counts.append(part.counts)
-        np.add.at(od_sum, of_table, part.od_sum)
-        brightest[i] = max(brightest[i], part.brightest)
-    for section, value in zip(sections, brightest, strict=True):
-        check_range(section, int(value))
-
-    all_bins = np.concatenate(bins) if bins else np.empty(0, dtype=np.int32)
-    used = np.zeros(n_bins, dtype=bool)
-    used[all_bins] = True
-    column = np.cumsum(used) - 1
-    matrix = sp.coo_matrix(
-        (
-            np.concatenate(counts) if counts else np.empty(0, dtype=np.int32),
-            (np.concatenate(rows) if rows else np.empty(0, dtype=np.int64), column[all_bins]),
-        ),
-        shape=(n_obs, int(used.sum())),
-        dtype=np.int32,
-    ).tocsr()  # adds up what several tiles saw of one spot
-    matrix.sort_indices()
-
-    n_pixels = np.asarray(matrix.sum(axis=1)).ravel()
-    whole = np.zeros(n_obs)
-    for section, place in zip(sections, places, strict=True):
-        whole[section.rows] = whole_pixels(section.centers, place.conic)
-        warn_of_tiny_spots(section, whole[section.rows], "spot_scale")
-    with np.errstate(invalid="ignore", divide="ignore"):
-        mean_od = od_sum * _OD_UNIT / n_pixels[:, None]
-        coverage = np.where(whole > 0, n_pixels / whole, 0.0)
-    return ColorHistogram(
-        counts=matrix,
-        codebook=_codebook(np.flatnonzero(used), bits),
-        mean_od=mean_od,
-        coverage=coverage,
-        fields=_fields(sections, n_obs, spot_scale),
-        made_of=_describe(sections, bits, spot_scale),
-    )
-
-
-def _check_arguments(bits: int, spot_scale: float) -> None:
-    if not (isinstance(bits, int | np.integer) and 1 <= bits <= 8):
-        raise ValueError(f"`bits` is {bits!r}; expected an integer from 1 to 8.")
-    if not (np.isfinite(spot_scale) and spot_scale > 0):
-        raise ValueError(f"`spot_scale` is {spot_scale!r}; expected a positive number of spot diameters.")
-
-
-def _fields(sections: Sequence[Section], n_obs: int, spot_scale: float) -> np.ndarray:
-    fields = np.full((n_obs, 3), np.nan)
-    for section in sections:
-        fields[section.rows] = np.column_stack([section.centers, spot_scale * section.diameters])
-    return fields
-
-
-def _describe(sections: Sequence[Section], bits: int, spot_scale: float) -> dict[str, Any]:
-    return {
-        "bits": int(bits),
-        "spot_scale": float(spot_scale),
-        "sections": {section.name: section.fingerprint for section in sections},
-    }
+    rows: np.ndarray
+    bins: np.ndarray
+    counts: np.ndarray
+    od_sum: np.ndarray
+    whole: np.ndarray
 
 
 def _codebook(bins: np.ndarray, bits: int) -> np.ndarray:
     mask = 2**bits - 1
     levels = np.column_stack([(bins >> (2 * bits)) & mask, (bins >> bits) & mask, bins & mask])
     return (levels << (8 - bits)).astype(np.uint8)
-
-
-class _Counts(NamedTuple):
-    indptr: np.ndarray
-    bins: np.ndarray
-    counts: np.ndarray
-    od_sum: np.ndarray
-    brightest: int
-
-
-def _count_tile(
-    block: np.ndarray, tile: Tile, spots: Footprints, channels: tuple[int, int, int], image_key: str, bits: int
-) -> _Counts:
-    rgb = to_uint8(np.asarray(block), channels, image_key)
-    od_units = np.rint(optical_density(np.arange(256)) / _OD_UNIT).astype(np.int64)
-    indptr, bins, counts, od_sum = _count(
-        rgb, tile.x.start, tile.y.start, spots.centers, spots.conic, spots.half_height, bits, od_units
-    )
-    return _Counts(indptr, bins, counts, od_sum, int(rgb.max()))
 
 
 @numba.njit(nogil=True, cache=True)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 from dask.system import CPU_COUNT
@@ -14,10 +14,14 @@ from scanpy import logging as logg
 from spatialdata import SpatialData
 from tqdm.auto import tqdm
 
-from stpredict._data.identity import fingerprints
-from stpredict._data.slide import Section, read_sections, read_table
-from stpredict.pp._bands import Band, bands
-from stpredict.pp._store import InMemory, Store, kept_store, new_store, turn_in
+from stpredict._data.elements import Elements
+from stpredict._data.identity import identity
+from stpredict._data.slide import Section, Slide, open_slide
+from stpredict.pp._bands import Band, bands, check_memory
+from stpredict.pp._footprints import check_reach
+from stpredict.pp._histogram import check_spot_scale
+from stpredict.pp._kept import row_fingerprints
+from stpredict.pp._store import Store, kept_store, new_store, turn_in
 from stpredict.pp._windows import Windows, box_pyramid, cut_patch, place_windows
 
 # Field of view of the authors of M2OST: 224 pixels on HER2+ sections, where a spot of 100 µm has 145.
@@ -28,8 +32,8 @@ _MAX_LEVELS = 8
 _ENLARGED = 1.1
 # Beyond this many threads, Python itself is the bottleneck.
 _MAX_THREADS = 8
-# Patches of each section that are made anew to see whether kept ones still show the same image.
-_PROBES = 3
+# Patches that are read at a time to be told from others.
+_FINGERPRINTED = 256
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -45,13 +49,10 @@ class Patches:
         ``(n,)`` rows of the table, ascending; spots that have no pixel of level 0 on the image are left out.
     coverage
         ``(n,)`` share of the field of level 0 that lies on the image.
-    made_of
-        ``levels``, ``image_size``, ``spot_scale`` and, for each section, which image and spots were read.
     """
 
     rows: np.ndarray
     coverage: np.ndarray
-    made_of: dict[str, Any]
     _store: Store
 
     def __len__(self) -> int:
@@ -107,6 +108,19 @@ class Patches:
                 )
         self._store.read(positions.ravel(), pixels.reshape(-1, *self._store.shape[1:]))
         return np.moveaxis(pixels, -1, -3)
+
+    def arguments(self) -> tuple[Patches]:
+        """What a model predicts :attr:`rows` from."""
+        return (self,)
+
+    def fingerprints(self) -> np.ndarray:
+        """``(len(rows),)`` fingerprints of the spots' patches; 0 where a patch has a single color, as on glass."""
+        found = [np.empty(0, dtype=np.int64)]
+        for start in range(0, len(self), _FINGERPRINTED):
+            batch = self[start : start + _FINGERPRINTED]
+            colorful = (batch != batch[..., :1, :1]).any(axis=(1, 2, 3, 4))
+            found.append(np.where(colorful, row_fingerprints(np.moveaxis(batch, -3, -1)), 0))
+        return np.concatenate(found)
 
     def close(self) -> None:
         """Give up memory, or the temporary file; a file in a folder of your own is kept."""
@@ -184,57 +198,66 @@ def patches(
     ...     print(patches[[0, 5]].shape)
     (2, 3, 3, 64, 64)
     """
-    _check_arguments(levels, image_size, spot_scale)
-    _, table = read_table(sdata, table_key)
-    sections = read_sections(
-        sdata, table, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system
+    reads = PatchReads(levels, image_size, spot_scale)
+    elements = Elements(
+        image_key=image_key, shapes_key=shapes_key, table_key=table_key, coordinate_system=coordinate_system
     )
-    return extract(sections, levels=levels, image_size=image_size, spot_scale=spot_scale, store=store)
+    return reads.extract(open_slide(sdata, elements, images=True), store)
 
 
-def extract(
-    sections: Sequence[Section],
-    *,
-    levels: int,
-    image_size: int,
-    spot_scale: float,
-    store: str | os.PathLike[str] | None = None,
-) -> Patches:
-    """Patches of sections, as :func:`patches` documents; ``rows`` are the sections' own."""
-    _check_arguments(levels, image_size, spot_scale)
-    coverage = [_coverage(section, spot_scale) for section in sections]
-    on_image = [np.flatnonzero(share > 0) for share in coverage]
-    rows = np.concatenate([section.rows[spots] for section, spots in zip(sections, on_image, strict=True)])
-    shares = np.concatenate([share[spots] for share, spots in zip(coverage, on_image, strict=True)])
-    order = np.argsort(rows)
-    positions = np.split(np.argsort(order), np.cumsum([len(spots) for spots in on_image])[:-1])
-    jobs = [
-        _Job(section, place_windows(section, levels, image_size, spot_scale).of(spots), of_section)
-        for section, spots, of_section in zip(sections, on_image, positions, strict=True)
-        if len(spots)
-    ]
-    shape = (len(rows), levels, image_size, image_size, 3)
-    made_of = _describe(sections, levels, image_size, spot_scale)
-    with turn_in(store):
-        return Patches(rows[order], shares[order], made_of, _kept_or_drawn(jobs, shape, store, made_of))
+@dataclass(frozen=True)
+class PatchReads:
+    """Reads patches: ``levels`` of ``image_size`` pixels, the first ``spot_scale`` spot diameters wide."""
 
+    kind: ClassVar[str] = "patches"
 
-def _check_arguments(levels: int, image_size: int, spot_scale: float) -> None:
-    if not (isinstance(levels, int | np.integer) and 1 <= levels <= _MAX_LEVELS):
-        raise ValueError(f"`levels` is {levels!r}; expected an integer from 1 to {_MAX_LEVELS}.")
-    if not (isinstance(image_size, int | np.integer) and image_size >= 1):
-        raise ValueError(f"`image_size` is {image_size!r}; expected a positive number of pixels.")
-    if not (np.isfinite(spot_scale) and spot_scale > 0):
-        raise ValueError(f"`spot_scale` is {spot_scale!r}; expected a positive number of spot diameters.")
+    levels: int
+    image_size: int
+    spot_scale: float = DEFAULT_SPOT_SCALE
 
+    def __post_init__(self) -> None:
+        if not (isinstance(self.levels, int | np.integer) and 1 <= self.levels <= _MAX_LEVELS):
+            raise ValueError(f"`levels` is {self.levels!r}; expected an integer from 1 to {_MAX_LEVELS}.")
+        if not (isinstance(self.image_size, int | np.integer) and self.image_size >= 1):
+            raise ValueError(f"`image_size` is {self.image_size!r}; expected a positive number of pixels.")
+        check_spot_scale(self.spot_scale)
 
-def _describe(sections: Sequence[Section], levels: int, image_size: int, spot_scale: float) -> dict[str, Any]:
-    return {
-        "levels": int(levels),
-        "image_size": int(image_size),
-        "spot_scale": float(spot_scale),
-        "sections": fingerprints(sections),
-    }
+    def describe(self) -> dict[str, Any]:
+        """What a model keeps of it."""
+        return {
+            "kind": self.kind,
+            "levels": int(self.levels),
+            "image_size": int(self.image_size),
+            "spot_scale": float(self.spot_scale),
+        }
+
+    @property
+    def field_of_view(self) -> float:
+        """Width of the widest level in spot diameters."""
+        return float(self.spot_scale) * 2 ** (self.levels - 1)
+
+    def extract(self, slide: Slide, store: str | os.PathLike[str] | None = None) -> Patches:
+        """Cut the patches of all spots of a slide, or take them from a folder that kept them."""
+        sections = slide.sections
+        for section in sections:
+            check_reach(section, self.field_of_view)
+        coverage = [_coverage(section, self.spot_scale) for section in sections]
+        on_image = [np.flatnonzero(share > 0) for share in coverage]
+        rows = np.concatenate([section.rows[spots] for section, spots in zip(sections, on_image, strict=True)])
+        shares = np.concatenate([share[spots] for share, spots in zip(coverage, on_image, strict=True)])
+        order = np.argsort(rows)
+        positions = np.split(np.argsort(order), np.cumsum([len(spots) for spots in on_image])[:-1])
+        jobs = [
+            _Job(section, place_windows(section, self.levels, self.image_size, self.spot_scale).of(spots), of_section)
+            for section, spots, of_section in zip(sections, on_image, positions, strict=True)
+            if len(spots)
+        ]
+        for job in jobs:
+            check_memory(job.section, job.windows.boxes(), align=2**job.windows.depth)
+        shape = (len(rows), self.levels, self.image_size, self.image_size, 3)
+        made_of = None if store is None else identity(self.describe(), slide.identity())
+        with turn_in(store):
+            return Patches(rows[order], shares[order], _kept_or_drawn(jobs, shape, store, made_of))
 
 
 def _coverage(section: Section, spot_scale: float) -> np.ndarray:
@@ -256,10 +279,9 @@ class _Job(NamedTuple):
 
 
 def _kept_or_drawn(
-    jobs: Sequence[_Job], shape: tuple[int, ...], folder: str | os.PathLike[str] | None, made_of: Mapping[str, Any]
+    jobs: Sequence[_Job], shape: tuple[int, ...], folder: str | os.PathLike[str] | None, made_of: str | None
 ) -> Store:
-    kept = None if folder is None else kept_store(shape, folder, made_of)
-    if kept is not None and all(_still_shows(kept, job) for job in jobs):
+    if folder is not None and made_of is not None and (kept := kept_store(shape, folder, made_of)) is not None:
         logg.info(f"Taking the patches of {shape[0]} spots {kept}.")
         return kept
     for job in jobs:
@@ -285,21 +307,7 @@ def _warn_of_blur(job: _Job) -> None:
         )
 
 
-def _still_shows(store: Store, job: _Job) -> bool:
-    """Whether a few kept patches equal those of the image as it is now."""
-    chosen = np.unique(np.linspace(0, len(job.positions) - 1, _PROBES).astype(np.int64))
-    now = InMemory((len(chosen), *store.shape[1:]))
-    _draw(now, _Job(job.section, job.windows.of(chosen), np.arange(len(chosen))))
-    found, expected = np.empty(now.shape, dtype=np.uint8), np.empty(now.shape, dtype=np.uint8)
-    store.read(job.positions[chosen], found)
-    now.read(np.arange(len(chosen)), expected)
-    if not np.array_equal(found, expected):
-        logg.warning(f"The patches {store} show another image than {job.section.image_key!r}: making them anew.")
-        return False
-    return True
-
-
-def _draw(target: Store, job: _Job, progress: tqdm | None = None) -> None:
+def _draw(target: Store, job: _Job, progress: tqdm) -> None:
     """Write the patches of a job."""
     section, windows, positions = job
     with ThreadPoolExecutor(min(CPU_COUNT, _MAX_THREADS), thread_name_prefix="patches") as pool:
@@ -310,5 +318,4 @@ def _draw(target: Store, job: _Job, progress: tqdm | None = None) -> None:
                 target.write(int(positions[spot]), cut_patch(pyramid, band, windows, spot))
 
             for _ in pool.map(put, band.boxes):
-                if progress is not None:
-                    progress.update()
+                progress.update()

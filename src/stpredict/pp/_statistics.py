@@ -1,36 +1,104 @@
-"""Colour statistics of spots: mean, spread and deciles of optical density over fields of several sizes."""
+"""Color statistics of spots: mean, spread and deciles of optical density over fields of several sizes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
-import dask
 import numba
 import numpy as np
 import pandas as pd
-from anndata import AnnData
 from spatialdata import SpatialData
-from tqdm.dask import TqdmCallback
 
-from stpredict._data import slots
-from stpredict._data.identity import fingerprints
-from stpredict._data.slide import Section, read_sections, read_table
-from stpredict.pp._footprints import Footprints, chord, footprints, warn_of_tiny_spots, whole_pixels
+from stpredict._data.elements import Elements
+from stpredict._data.slide import Section, Slide, open_slide
+from stpredict._data.slots import Slots
+from stpredict.pp._footprints import Footprints, chord
 from stpredict.pp._histogram import optical_density
-from stpredict.pp._tiles import Tile, check_dtype, check_range, tiles, to_uint8
+from stpredict.pp._kept import kept_entry, still_valid
+from stpredict.pp._pass import read_pixels
+from stpredict.pp._tiles import Tile
 
-# From half a spot to beyond the neighbours, in spot diameters.
+# From half a spot to beyond the neighbors, in spot diameters.
 DEFAULT_SPOT_SCALES = (0.5, 1.0, 2.0, 3.0, 4.0, 6.0)
 _STATISTICS = ("mean", "sd", *(f"decile{k}" for k in range(1, 10)))
 
 
 class ColorStatistics(NamedTuple):
-    """``values`` ``(n_obs, d)`` float32, the ``names`` of their columns, and the fields and images behind them."""
+    """``values`` ``(n_obs, d)`` float32, and the ``names`` of their columns."""
 
     values: np.ndarray
     names: list[str]
-    made_of: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StatisticsReads:
+    """Reads statistics of fields ``spot_scale`` spot diameters wide, ascending."""
+
+    kind: ClassVar[str] = "statistics"
+
+    spot_scale: tuple[float, ...] = DEFAULT_SPOT_SCALES
+
+    def __post_init__(self) -> None:
+        values = np.atleast_1d(np.asarray(self.spot_scale))
+        positive = values.ndim == 1 and len(values) and values.dtype.kind in "iuf" and np.isfinite(values).all()
+        if not (positive and values[0] > 0 and (np.diff(values) > 0).all()):
+            raise ValueError(
+                f"`spot_scale` is {self.spot_scale!r}; expected ascending positive numbers of spot diameters, such as (1, 2)."
+            )
+        object.__setattr__(self, "spot_scale", tuple(float(value) for value in values))
+
+    def describe(self) -> dict[str, Any]:
+        """What a model keeps of it."""
+        return {"kind": self.kind, "spot_scales": list(self.spot_scale)}
+
+    @property
+    def spot_scales(self) -> tuple[float, ...]:
+        """Diameters of the fields in spot diameters."""
+        return self.spot_scale
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the columns."""
+        return [
+            f"{channel}_{statistic}_{scale:g}"
+            for scale in self.spot_scale
+            for channel in ("red", "green", "blue")
+            for statistic in _STATISTICS
+        ]
+
+    def count(self, rgb: np.ndarray, x0: int, y0: int, places: Sequence[Footprints]) -> np.ndarray:
+        """Count the intensities of each ring in one tile."""
+        conics = np.array([place.conic for place in places])
+        return np.asarray(_count(rgb, x0, y0, places[0].centers, conics, places[-1].half_height))
+
+    def of_section(self, section: Section, found: Sequence[Tile], parts: Sequence[np.ndarray]) -> np.ndarray:
+        """Put the tiles of a section together."""
+        counts = np.zeros((len(section.rows), len(self.spot_scale), 3, 256), dtype=np.int32)
+        for tile, part in zip(found, parts, strict=True):
+            counts[tile.spots] += part
+        summary = _summarize(counts, optical_density(np.arange(256)))
+        return np.asarray(summary.reshape(len(counts), -1), dtype=np.float32)
+
+    def gather(self, sections: Sequence[Section], of_sections: Sequence[np.ndarray], n_obs: int) -> ColorStatistics:
+        """One row for each row of the table; NaN for rows that belong to none of the sections."""
+        values = np.full((n_obs, len(self.names)), np.nan, dtype=np.float32)
+        for section, of_section in zip(sections, of_sections, strict=True):
+            values[section.rows] = of_section
+        return ColorStatistics(values, self.names)
+
+    def slots(self, key: str, statistics: ColorStatistics, made_of: str | None) -> Slots:
+        """What :func:`color_statistics` writes."""
+        entry = {"names": statistics.names, **kept_entry(self.describe(), made_of, [statistics.values])}
+        return Slots(key, entry=entry, obsm={key: statistics.values})
+
+    def stored(self, slide: Slide, key: str) -> ColorStatistics | None:
+        """What a table keeps under a key, if it is whole."""
+        if key not in slide.table.obsm:
+            return None
+        values = np.asarray(slide.table.obsm[key])
+        return ColorStatistics(values, self.names) if still_valid(slide.table.uns[key], [values], key) else None
 
 
 def color_statistics(
@@ -41,9 +109,10 @@ def color_statistics(
     shapes_key: str | Sequence[str] | None = None,
     table_key: str | None = None,
     coordinate_system: str | None = None,
+    key_added: str = "color_statistics",
     inplace: bool = True,
 ) -> pd.DataFrame | None:
-    """Describe the colours around each spot by mean, spread and deciles, over fields of several sizes.
+    """Describe the colors around each spot by mean, spread and deciles, over fields of several sizes.
 
     For each of red, green and blue, of the optical densities −ln((I + 1) / 256) of all 8-bit pixels in a round field:
     33 numbers for each field, from half a spot to what surrounds it. They are the features of the baseline that a model
@@ -60,6 +129,8 @@ def color_statistics(
         Diameters of the fields in spot diameters, ascending.
     image_key, shapes_key, table_key, coordinate_system
         Which elements to use, as in :func:`color_histogram`. `None` finds them.
+    key_added
+        What the results are named after.
     inplace
         Write to the table, or return the statistics.
 
@@ -72,13 +143,14 @@ def color_statistics(
         deviation and nine deciles (the smallest optical density that a tenth, two tenths, … of the pixels do not
         exceed). NaN where a field has no pixel on the image.
     ``uns["color_statistics"]``
-        ``spot_scale``, ``names`` of the columns, such as ``"red_mean_0.5"`` and ``"blue_decile9_6"``, and, for each
-        section, the image and the spots that were read.
+        ``names`` of the columns, such as ``"red_mean_0.5"`` and ``"blue_decile9_6"``, and what they were made of. A model
+        that reads the same statistics takes them from here while images, places and rows are the same.
 
     Raises
     ------
-    KeyError, ValueError
-        Elements that are missing or ambiguous, or pixels that cannot be read as RGB; the table is then unchanged.
+    KeyError, TypeError, ValueError
+        Elements that are missing or ambiguous, pixels that cannot be read as RGB, or a key that is taken; the table is then
+        unchanged.
 
     Examples
     --------
@@ -88,94 +160,18 @@ def color_statistics(
     >>> sdata["table"].obsm["color_statistics"].shape[1]
     66
     """
-    _check_spot_scale(spot_scale)
-    _, table = read_table(sdata, table_key)
-    sections = read_sections(
-        sdata, table, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system
+    reads = StatisticsReads(spot_scale)  # type: ignore[arg-type]
+    elements = Elements(
+        image_key=image_key, shapes_key=shapes_key, table_key=table_key, coordinate_system=coordinate_system
     )
-    statistics = _statistics_of_rows(sections, table.n_obs, spot_scale)
+    slide = open_slide(sdata, elements, images=True)
+    if inplace:
+        Slots(key_added, obsm={key_added: None}).check(slide.table)
+    statistics: ColorStatistics = read_pixels(slide.sections, [reads], slide.n_obs)[reads]
     if not inplace:
-        return pd.DataFrame(statistics.values, index=table.obs_names, columns=statistics.names)
-    slots.write_color_statistics(table, statistics)
+        return pd.DataFrame(statistics.values, index=slide.table.obs_names, columns=statistics.names)
+    reads.slots(key_added, statistics, slide.identity()).write(slide.table)
     return None
-
-
-def cached_color_statistics(
-    sections: Sequence[Section], table: AnnData, *, spot_scales: Sequence[float]
-) -> ColorStatistics:
-    """Take the statistics from the table when they were made of the same images, else count; writes nothing."""
-    _check_spot_scale(spot_scales)
-    made_of = _describe(sections, spot_scales)
-    cached = slots.read_color_statistics(table, made_of)
-    if cached is not None:
-        return ColorStatistics(cached, _names(spot_scales), made_of)
-    return _statistics_of_rows(sections, table.n_obs, spot_scales)
-
-
-def _check_spot_scale(spot_scales: Sequence[float]) -> None:
-    values = np.asarray(spot_scales)
-    positive = values.ndim == 1 and len(values) and values.dtype.kind in "iuf" and np.isfinite(values).all()
-    if not (positive and values[0] > 0 and (np.diff(values) > 0).all()):
-        raise ValueError(
-            f"`spot_scale` is {spot_scales!r}; expected ascending positive numbers of spot diameters, such as (1, 2)."
-        )
-
-
-def _describe(sections: Sequence[Section], spot_scales: Sequence[float]) -> dict[str, Any]:
-    return {"spot_scale": np.asarray(spot_scales, dtype=np.float64), "sections": fingerprints(sections)}
-
-
-def _names(spot_scales: Sequence[float]) -> list[str]:
-    return [
-        f"{channel}_{statistic}_{spot_scale:g}"
-        for spot_scale in spot_scales
-        for channel in ("red", "green", "blue")
-        for statistic in _STATISTICS
-    ]
-
-
-def _statistics_of_rows(sections: Sequence[Section], n_obs: int, spot_scales: Sequence[float]) -> ColorStatistics:
-    """One row for each row of the table; NaN for rows that belong to none of the sections."""
-    for section in sections:
-        check_dtype(section)
-    values = np.full((n_obs, len(spot_scales) * 3 * len(_STATISTICS)), np.nan, dtype=np.float32)
-    for section in sections:
-        # One section after another: the counts take 18 kB a spot.
-        counts = _count_section(section, spot_scales)
-        values[section.rows] = _summarize(counts, optical_density(np.arange(256))).reshape(len(counts), -1)
-    return ColorStatistics(values, _names(spot_scales), _describe(sections, spot_scales))
-
-
-def _count_section(section: Section, spot_scales: Sequence[float]) -> np.ndarray:
-    """``(n_spots, n_fields, 3, 256)`` pixels of each intensity in the ring between each field and the one inside it."""
-    places = [footprints(section, spot_scale) for spot_scale in spot_scales]
-    warn_of_tiny_spots(section, whole_pixels(section.centers, places[0].conic), "spot_scale")
-    found = tiles(section, places[-1].half_width, places[-1].half_height)
-    jobs = [
-        dask.delayed(_count_tile)(
-            section.pixels[:, tile.y, tile.x],
-            tile,
-            [place.of(tile.spots) for place in places],
-            section.channels,
-            section.image_key,
-        )
-        for tile in found
-    ]
-    with TqdmCallback(desc=f"colour statistics of {section.name}", delay=2, leave=False):
-        parts = dask.compute(*jobs)
-    counts = np.zeros((len(section.rows), len(spot_scales), 3, 256), dtype=np.int32)
-    for tile, (of_tile, _) in zip(found, parts, strict=True):
-        counts[tile.spots] += of_tile
-    check_range(section, max((brightest for _, brightest in parts), default=0))
-    return counts
-
-
-def _count_tile(
-    block: np.ndarray, tile: Tile, places: list[Footprints], channels: tuple[int, int, int], image_key: str
-) -> tuple[np.ndarray, int]:
-    rgb = to_uint8(np.asarray(block), channels, image_key)
-    conics = np.array([place.conic for place in places])
-    return _count(rgb, tile.x.start, tile.y.start, places[0].centers, conics, places[-1].half_height), int(rgb.max())
 
 
 @numba.njit(nogil=True, cache=True)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
+import platform
 import shutil
 import tempfile
 import threading
-import uuid
 import weakref
-from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,12 +18,13 @@ from typing import Any, Protocol
 import numpy as np
 from filelock import FileLock
 from numpy.lib import format as npy
+from psutil import pid_exists
 from scanpy import logging as logg
 
 # Patches of 2,200 spots at three levels of 224 pixels: more would crowd out models and images on a laptop.
 MAX_IN_MEMORY = 10**9
 
-_FORMAT, _FORMAT_VERSION = "stpredict patches", 1
+_FORMAT, _FORMAT_VERSION = "stpredict patches", 2
 
 
 class Store(Protocol):
@@ -97,9 +96,7 @@ class OnDisk:
         Remove the file if it is never finished.
     """
 
-    def __init__(
-        self, path: Path, shape: tuple[int, ...], offset: int, made_of: Mapping[str, Any] | None, *, owned: bool
-    ) -> None:
+    def __init__(self, path: Path, shape: tuple[int, ...], offset: int, made_of: str | None, *, owned: bool) -> None:
         self.path, self.shape, self.closed = path, shape, False
         self._offset, self._made_of = offset, made_of
         self._item_bytes = _n_bytes(shape[1:])
@@ -156,7 +153,7 @@ class OnDisk:
             self._remove()
 
 
-def new_store(shape: tuple[int, ...], folder: str | os.PathLike[str] | None, made_of: Mapping[str, Any]) -> Store:
+def new_store(shape: tuple[int, ...], folder: str | os.PathLike[str] | None, made_of: str | None) -> Store:
     """Make room for items.
 
     Parameters
@@ -166,7 +163,7 @@ def new_store(shape: tuple[int, ...], folder: str | os.PathLike[str] | None, mad
     folder
         Where to keep the file. `None` takes memory or, beyond `MAX_IN_MEMORY` bytes, a temporary file.
     made_of
-        What the items are made of; nested dicts of numbers, strings and arrays.
+        Identity of what the items are made of. `None` has no file kept.
 
     Raises
     ------
@@ -180,12 +177,9 @@ def new_store(shape: tuple[int, ...], folder: str | os.PathLike[str] | None, mad
     free = shutil.disk_usage(place).free
     if _n_bytes(shape) > free:
         raise _no_space(place, shape, f"{free / 1e9:.2f} GB are free")
-    if folder is None:
-        handle, name = tempfile.mkstemp(".npy", "stpredict-patches-")
-        path, file = Path(name), os.fdopen(handle, "wb")
-    else:
-        path = _kept_path(place, made_of).with_suffix(f".{uuid.uuid4().hex[:8]}.part")
-        file = path.open("xb")
+    _remove_leftovers(place)
+    handle, name = tempfile.mkstemp(".part", _owned_prefix(os.getpid()), place)
+    path, file = Path(name), os.fdopen(handle, "wb")
     with file:
         npy.write_array_header_1_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
         offset = file.tell()
@@ -193,7 +187,21 @@ def new_store(shape: tuple[int, ...], folder: str | os.PathLike[str] | None, mad
     return OnDisk(path, shape, offset, None if folder is None else made_of, owned=True)
 
 
-def kept_store(shape: tuple[int, ...], folder: str | os.PathLike[str], made_of: Mapping[str, Any]) -> OnDisk | None:
+def _owned_prefix(process: int) -> str:
+    host = "".join(c for c in platform.node() if c.isalnum())
+    return f"stpredict-patches-{host}-{process}-"
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what killed runs on this computer have left behind: files that carry the number of a process that is gone."""
+    for path in folder.glob("stpredict-patches-*.part"):
+        number = path.name.rsplit("-", 2)[-2]
+        if number.isdigit() and path.name.startswith(_owned_prefix(int(number))) and not pid_exists(int(number)):
+            logg.info(f"Removing {str(path)!r}, which a run that was killed has left behind.")
+            path.unlink(missing_ok=True)
+
+
+def kept_store(shape: tuple[int, ...], folder: str | os.PathLike[str], made_of: str) -> OnDisk | None:
     """Open what an earlier run kept in a folder, if it is whole and was made of the same."""
     path = _kept_path(Path(folder), made_of)
     if not path.exists():
@@ -241,21 +249,13 @@ def _no_space(folder: Path, shape: tuple[int, ...], found: str) -> OSError:
     )
 
 
-def _kept_path(folder: Path, made_of: Mapping[str, Any]) -> Path:
+def _kept_path(folder: Path, made_of: str) -> Path:
     """Patches of different images or settings have different names, so that one folder can serve them all."""
-    text = json.dumps(_header(made_of), sort_keys=True)
-    return folder / f"patches-{hashlib.sha256(text.encode()).hexdigest()[:16]}.npy"
+    return folder / f"patches-{made_of[:16]}.npy"
 
 
-def _header(made_of: Mapping[str, Any]) -> dict[str, Any]:
-    return {"format": _FORMAT, "format_version": _FORMAT_VERSION, "made_of": _plain(made_of)}
-
-
-def _plain(value: Any) -> Any:
-    """The same in the types of JSON."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
+def _header(made_of: str) -> dict[str, Any]:
+    return {"format": _FORMAT, "format_version": _FORMAT_VERSION, "made_of": made_of}
 
 
 def _remove(path: Path, owner: int) -> None:

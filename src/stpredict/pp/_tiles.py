@@ -28,7 +28,7 @@ def tiles(section: Section, half_width: np.ndarray, half_height: np.ndarray) -> 
     Parameters
     ----------
     section
-        The image and the centres of the spots.
+        The image and the centers of the spots.
     half_width, half_height
         ``(n,)`` half the size, in pixels, of the box around each spot whose pixels are wanted.
     """
@@ -67,20 +67,39 @@ def _cell_range(chunks: tuple[int, ...], low: np.ndarray, high: np.ndarray) -> t
     return np.maximum(first, 0), np.minimum(last, len(edges) - 1)
 
 
-def to_uint8(block: np.ndarray, channels: tuple[int, int, int], image_key: str) -> np.ndarray:
-    """Pixels of a block as C-contiguous uint8 RGB, by the rule that :func:`stpredict.pp.color_histogram` documents."""
+def to_uint8(block: np.ndarray, channels: tuple[int, ...], image_key: str) -> np.ndarray:
+    """Pixels of a block as C-contiguous uint8 RGB, by the rule that :func:`stpredict.pp.color_histogram` documents.
+
+    Where there is a fourth channel, opacity, colors are laid over white: what can be seen through is glass.
+    """
     if channels != tuple(range(block.shape[0])):
         block = block[list(channels)]
     if block.dtype == np.uint8:
-        return np.ascontiguousarray(block)
-    if block.dtype == np.uint16:
-        return ((block.astype(np.uint32) + 128) // 257).astype(np.uint8)
-    if not (np.isfinite(block).all() and block.min() >= 0 and block.max() <= 1):
+        pixels = np.ascontiguousarray(block)
+    elif block.dtype == np.uint16:
+        pixels = ((block.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    elif np.isfinite(block).all() and block.min() >= 0 and block.max() <= 1:
+        pixels = np.rint(block * 255).astype(np.uint8)
+    else:
         raise ValueError(
             f"The float image {image_key!r} has values from {block.min():.4g} to {block.max():.4g}; expected 0 (black) "
             "to 1 (white). Rescale it, or convert it to uint8."
         )
-    return np.rint(block * 255).astype(np.uint8)
+    return pixels if len(channels) == 3 else _over_white(pixels)
+
+
+def brightest_of(block: np.ndarray, channels: tuple[int, ...]) -> int:
+    """Brightest color of a uint16 block, as uint8; what can be seen through does not make it brighter."""
+    return max(int(block[c].max()) + 128 for c in channels[:3]) // 257 if block.dtype == np.uint16 else 0
+
+
+def _over_white(pixels: np.ndarray) -> np.ndarray:
+    """``(3, y, x)`` from ``(4, y, x)``; opaque pixels keep their values."""
+    rgb, opacity = pixels[:3], pixels[3]
+    if (opacity == 255).all():
+        return np.ascontiguousarray(rgb)
+    weighted = rgb.astype(np.uint16) * opacity + np.uint16(255) * (255 - opacity.astype(np.uint16))
+    return ((weighted + np.uint16(127)) // np.uint16(255)).astype(np.uint8)
 
 
 def check_dtype(section: Section) -> None:
