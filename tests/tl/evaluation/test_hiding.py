@@ -10,8 +10,11 @@ import pytest
 import scipy.sparse as sp
 from spatialdata import SpatialData
 
+import stpredict as stp
+from stpredict._data.elements import Elements
+from stpredict._data.slide import open_slide
 from stpredict.tl.evaluation.runs._folds import Fold
-from stpredict.tl.evaluation.runs._hiding import FoldData, bare_copy, fold_data, visible_copy
+from stpredict.tl.evaluation.runs._hiding import FoldData, bare_copy, fold_data, free_key, visible_copy
 from stpredict.tl.evaluation.runs._protocols import PROTOCOLS, read_counts
 
 TRAIN = np.arange(60) < 40
@@ -102,29 +105,46 @@ def test_no_gene_is_left(table: ad.AnnData) -> None:
 
 
 def test_what_a_model_gets_to_see(make_sdata: Callable[..., SpatialData]) -> None:
-    sdata = make_sdata(2)
+    sdata = make_sdata(2, n_spots=16, n_genes=4)
+    sdata.attrs["made by"] = "hand"
     table = sdata["table"]
-    table.layers["nsl"] = np.zeros(table.shape, dtype=np.float32)
-    table.uns["nsl"] = {"params": {"model": "nsl"}}
-    table.var["nsl_fitted"] = True
+    train = (table.obs["section"] == "A").to_numpy()
+    features = np.random.default_rng(0).normal(size=(table.n_obs, 4))
+    table.obs["cv"], table.obsm["X_uni"], table.uns["mine"] = "theirs", features, {"a": 1}
+    table.layers["pred"] = table.X.toarray()
+    stp.tl.fit_ridge(sdata, features="X_uni", alpha=1.0)
+    stp.tl.score(sdata, key="ridge", spots="all", n_perms=0, n_bootstrap=0)
     table.var["highly_variable"] = True
-    table.obsm["X_uni"] = np.ones((table.n_obs, 4))
-    train = np.arange(table.n_obs) < 40
-    before = table.X.copy()
+    before = table.copy()
 
-    bare = bare_copy(sdata, "table")
-    data = fold_data(bare["table"], table.X, None, Fold("B", train, ~train), None, PROTOCOLS["default"])
-    seen = visible_copy(bare, "table", data)["table"]
+    slide = open_slide(sdata, Elements(), images=False)
+    bare = bare_copy(slide)
+    key = free_key(bare["table"])
+    data = fold_data(bare["table"], sp.csr_matrix(table.X), None, Fold("B", train, ~train), None, PROTOCOLS["default"])
+    given = visible_copy(bare, "table", data, f"{key}_spots")
+    seen = given["table"]
 
-    assert bare["table"].X is None
-    assert not seen.layers
-    assert "nsl" not in seen.uns
-    assert not {"nsl_fitted", "highly_variable"} & set(seen.var)
-    np.testing.assert_array_equal(seen.obs["cv_train"], train)
-    np.testing.assert_array_equal(seen.obsm["X_uni"], 1)
+    assert bare["table"].X is None and not seen.layers
+    assert list(seen.obs) == ["region", "spot_id", "section", "cv", f"{key}_spots"]
+    assert list(seen.var) == []
+    assert set(seen.uns) == {"spatialdata_attrs", "mine"}
+    np.testing.assert_array_equal(seen.obs[f"{key}_spots"], train)
+    np.testing.assert_array_equal(seen.obsm["X_uni"], features)
     assert np.isnan(seen.X[~train].toarray()).all()
+    assert given["A_image"] is sdata["A_image"] and given.attrs == sdata.attrs
     # The user's own table stays as it was.
-    assert {"nsl", "spatialdata_attrs"} <= set(table.uns)
-    assert "cv_train" not in table.obs
-    assert (table.X != before).nnz == 0
-    assert visible_copy(bare, "table", data)["A_image"] is sdata["A_image"]
+    pd.testing.assert_frame_equal(table.obs, before.obs)
+    pd.testing.assert_frame_equal(table.var, before.var)
+    assert set(table.uns) == set(before.uns) and set(table.layers) == set(before.layers)
+    assert (table.X != before.X).nnz == 0
+
+
+def test_the_key_meets_nothing_of_the_user() -> None:
+    names = ["cv", "CV_fitted", "cv__features"]
+    table = ad.AnnData(
+        obs=pd.DataFrame({names[0]: [1]}, index=["a"]),
+        var=pd.DataFrame({names[1]: [True]}, index=["g"]),
+        obsm={names[2]: np.ones((1, 2))},
+    )
+    key = free_key(table)
+    assert not any(name.casefold().startswith(key) for name in names)

@@ -5,9 +5,10 @@ import pytest
 from scipy.stats import kstest
 
 from stpredict.tl.evaluation.numbers import _null as _permutation
-from stpredict.tl.evaluation.numbers._metrics import morans_i, neighbor_graph
+from stpredict.tl.evaluation.numbers._metrics import neighbor_graph
 from stpredict.tl.evaluation.numbers._null import permutation_p_values, spatial_modes
-from stpredict.tl.evaluation.runs._parts import Part
+from stpredict.tl.evaluation.numbers._parts import Part
+from stpredict.tl.evaluation.numbers._sides import Side
 
 N_GENES = 400
 
@@ -24,11 +25,15 @@ def smooth_maps(xy: np.ndarray, length: float, rng: np.random.Generator) -> np.n
     return np.linalg.cholesky(covariance) @ rng.normal(size=(len(xy), N_GENES))
 
 
+def morans_i(values: np.ndarray, xy: np.ndarray) -> np.ndarray:
+    return Side(values, graph=neighbor_graph(xy)).morans_i
+
+
 def p_values(x: np.ndarray, y: np.ndarray, sections: list[np.ndarray], n_perms: int = 199, seed: int = 0) -> np.ndarray:
     ends = np.cumsum([0, *(len(xy) for xy in sections)])
     parts = [Part("", "", np.arange(a, b), xy) for a, b, xy in zip(ends[:-1], ends[1:], sections, strict=True)]
     rng = np.random.default_rng(seed)
-    return permutation_p_values(x, y, np.arange(x.shape[1]), parts, n_perms=n_perms, rng=rng)
+    return permutation_p_values(x, {"m": y}, np.arange(x.shape[1]), parts, n_perms=n_perms, rng=rng)["m"]
 
 
 def shuffled_p_values(x: np.ndarray, y: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -86,7 +91,7 @@ def test_modes_are_orthonormal_and_smooth_last() -> None:
     modes = spatial_modes(xy)
     np.testing.assert_allclose(modes.T @ modes, np.eye(len(xy)), atol=1e-5)
     assert np.ptp(modes[:, 0]) < 1e-5
-    smoothness = morans_i(modes[:, 1:].T.astype(float), neighbor_graph(xy))
+    smoothness = morans_i(modes[:, 1:].T.astype(float), xy)
     assert smoothness[-10:].min() > 0.6
     assert smoothness[:10].max() < 0
 
@@ -101,9 +106,8 @@ def test_random_maps_have_the_mean_variance_and_smoothness_of_the_map() -> None:
     maps = modes @ (signs * (modes.T @ y).T).T
     np.testing.assert_allclose(maps.mean(axis=0), y.mean(), atol=1e-5)
     np.testing.assert_allclose(maps.std(axis=0), y.std(), rtol=1e-4)
-    graph = neighbor_graph(xy)
-    np.testing.assert_allclose(morans_i(maps.T, graph), morans_i(y.T, graph)[0], atol=0.12)
-    assert morans_i(rng.permuted(y).T, graph)[0] < 0.2 < morans_i(y.T, graph)[0] - 0.5
+    np.testing.assert_allclose(morans_i(maps.T, xy), morans_i(y.T, xy)[0], atol=0.12)
+    assert morans_i(rng.permuted(y).T, xy)[0] < 0.2 < morans_i(y.T, xy)[0] - 0.5
     assert abs(np.corrcoef(maps.T)[0, 1:]).mean() < 0.5
 
 
@@ -111,7 +115,8 @@ def test_what_is_observed_is_the_correlation() -> None:
     rng = np.random.default_rng(6)
     xy = grid(8)
     x, y = smooth_maps(xy, 1.0, rng), smooth_maps(xy, 1.0, rng)
-    products = _permutation._mode_products(x.T, y.T, spatial_modes(xy))
+    one, other = (_permutation._Modes(Side(side.T), spatial_modes(xy)) for side in (x, y))
+    products = one.products(other)
     expected = [np.corrcoef(a, b)[0, 1] for a, b in zip(x.T, y.T, strict=True)]
     np.testing.assert_allclose(products.sum(axis=1), expected, atol=1e-5)
 
@@ -132,6 +137,34 @@ def test_constants_and_missing_values() -> None:
     p = p_values(x, y, sections)
     assert np.isnan(p[0])
     assert (p[1:] <= 0.02).all()
+
+
+@pytest.mark.parametrize("unit", [1e-300, 1e-30, 1e30, 1e300])
+def test_p_values_do_not_depend_on_the_unit(unit: float) -> None:
+    rng = np.random.default_rng(11)
+    xy = grid(8)
+    y = smooth_maps(xy, 1.5, rng)[:, :20]
+    x = 0.3 * y + smooth_maps(xy, 1.5, rng)[:, :20]
+    x[:, 0] = 7.0
+    expected = p_values(x, y, [xy])
+    assert np.isnan(expected).sum() == 1 and len(np.unique(expected)) > 8
+    np.testing.assert_array_equal(p_values(x * unit, y / unit, [xy]), expected)
+    far = np.where(np.arange(20) > 0, x / 16 + 1e9, x)  # rounding moves draws that are next to what is observed
+    np.testing.assert_allclose(p_values(far, y, [xy]), expected, atol=0.011)
+
+
+def test_models_beside_each_other_have_the_p_values_of_each_alone() -> None:
+    rng = np.random.default_rng(12)
+    xy = grid(8)
+    x, noise = (smooth_maps(xy, 1.5, rng)[:, :10] for _ in range(2))
+    predictions = {"a": x + noise, "b": noise.copy(), "constant": np.ones_like(x), "c": x - noise}
+    predictions["b"][:9, :4] = np.nan
+    part = Part("", "", np.arange(len(xy)), xy)
+    found = permutation_p_values(x, predictions, np.arange(10), [part], n_perms=99, rng=np.random.default_rng(0))
+    assert list(found) == list(predictions)
+    for name, predicted in predictions.items():
+        np.testing.assert_array_equal(found[name], p_values(x, predicted, [xy], n_perms=99))
+    assert np.isnan(found["constant"]).all() and np.isfinite(found["b"]).all()
 
 
 def test_a_section_of_three_spots_proves_nothing() -> None:

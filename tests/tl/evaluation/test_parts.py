@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -9,9 +10,11 @@ import pytest
 import scipy.sparse as sp
 from anndata import AnnData
 
-from stpredict._data.slide import Spots
-from stpredict.tl.evaluation.runs import _parts
-from stpredict.tl.evaluation.runs._parts import Part, by_gene, by_spot, make_parts, section_names, slices
+from stpredict._data.elements import Elements
+from stpredict._data.slide import Slide, Spots
+from stpredict.tl.evaluation.numbers import _parts
+from stpredict.tl.evaluation.numbers._parts import Part, by_gene, by_spot, slices
+from stpredict.tl.evaluation.runs._parts import make_parts
 
 # Two sections of 10 spots, rows alternating.
 SECTIONS = [
@@ -21,8 +24,9 @@ SECTIONS = [
 
 
 @pytest.fixture
-def table() -> AnnData:
-    return AnnData(obs=pd.DataFrame({"section": ["A", "B"] * 10}, index=[f"s{i}" for i in range(20)]))
+def slide() -> Slide:
+    obs = pd.DataFrame({"section": ["A", "B"] * 10}, index=[f"s{i}" for i in range(20)])
+    return Slide(AnnData(obs=obs), "", SECTIONS, [], Elements(section_key="section"))
 
 
 def rows(*chosen: int) -> np.ndarray:
@@ -36,67 +40,85 @@ def flat(parts: dict[str, list[Part]]) -> list[Part]:
 # What is scored together
 
 
-def test_sections(table: AnnData) -> None:
-    parts = flat(make_parts(table, SECTIONS, {"": np.ones(20, dtype=bool)}))
+def test_sections(slide: Slide) -> None:
+    parts = flat(make_parts(slide, {"": np.ones(20, dtype=bool)}))
     assert [(part.name, part.group) for part in parts] == [("A", "A"), ("B", "B")]
     np.testing.assert_array_equal(parts[1].rows, SECTIONS[1].rows)
     np.testing.assert_array_equal(parts[1].xy, SECTIONS[1].xy)
 
 
-def test_only_the_rows_to_score(table: AnnData) -> None:
-    (part,) = flat(make_parts(table, SECTIONS, {"": rows(3, 5, 9)}))
+def test_only_the_rows_to_score(slide: Slide) -> None:
+    (part,) = flat(make_parts(slide, {"": rows(3, 5, 9)}))
     assert (part.name, part.group) == ("B", "B")
     assert part.rows.tolist() == [3, 5, 9]
     np.testing.assert_array_equal(part.xy, SECTIONS[1].xy[[1, 2, 4]])
 
 
-def test_folds_that_are_sections_bear_their_names(table: AnnData) -> None:
-    parts = make_parts(table, SECTIONS, {"first": rows(*range(0, 20, 2)), "second": rows(*range(1, 20, 2))})
+def test_folds_that_are_sections_bear_their_names(slide: Slide) -> None:
+    parts = make_parts(slide, {"first": rows(*range(0, 20, 2)), "second": rows(*range(1, 20, 2))})
     assert {fold: [part.name for part in of_fold] for fold, of_fold in parts.items()} == {
         "first": ["A"],
         "second": ["B"],
     }
 
 
-def test_folds_within_sections_are_apart(table: AnnData) -> None:
-    parts = make_parts(table, SECTIONS, {"left": rows(*range(10)), "right": rows(*range(10, 20))})
+def test_folds_within_sections_are_apart(slide: Slide) -> None:
+    parts = make_parts(slide, {"left": rows(*range(10)), "right": rows(*range(10, 20))})
     assert [part.name for part in flat(parts)] == ["A · left", "B · left", "A · right", "B · right"]
     assert [part.group for part in flat(parts)] == ["A", "B", "A", "B"]
-    one = make_parts(table, SECTIONS[:1], {"left": rows(*range(10)), "right": rows(*range(10, 20))})
+    one = make_parts(replace(slide, spots=SECTIONS[:1]), {"left": rows(*range(10)), "right": rows(*range(10, 20))})
     assert [part.group for part in flat(one)] == ["A · left", "A · right"]  # all that there is to draw
 
 
-def test_whole_folds_hold_sections_far_apart(table: AnnData) -> None:
-    (part,) = flat(make_parts(table, SECTIONS, {"fold 1": np.ones(20, dtype=bool)}, whole_folds=True))
+def test_whole_folds_hold_sections_far_apart(slide: Slide) -> None:
+    (part,) = flat(make_parts(slide, {"fold 1": np.ones(20, dtype=bool)}, whole_folds=True))
     assert part.name == "fold 1"
     assert part.rows.tolist() == [*range(0, 20, 2), *range(1, 20, 2)]
     assert part.xy[10:, 0].min() - part.xy[:10, 0].max() > 10
 
 
-def test_patients_are_the_groups_where_there_are_several(table: AnnData) -> None:
+def test_patients_are_the_groups_where_there_are_several(slide: Slide) -> None:
     every = {"": np.ones(20, dtype=bool)}
-    table.obs["patient"] = np.where(table.obs["section"] == "A", "P", "Q")
-    assert [part.group for part in flat(make_parts(table, SECTIONS, every))] == ["P", "Q"]
-    table.obs["patient"] = "P"
-    assert [part.group for part in flat(make_parts(table, SECTIONS, every))] == ["A", "B"]
-    table.obs["patient"] = ["P", None] * 10  # nobody knows
-    assert [part.group for part in flat(make_parts(table, SECTIONS, every))] == ["A", "B"]
+    obs = slide.table.obs
+    known = replace(slide, elements=Elements(section_key="section", patient_key="donor"))
+    obs["donor"] = np.where(obs["section"] == "A", "P", "Q")
+    assert [part.group for part in flat(make_parts(known, every))] == ["P", "Q"]
+    assert [part.group for part in flat(make_parts(slide, every))] == ["A", "B"]  # nobody has named the column
+    obs["donor"] = "P"
+    assert [part.group for part in flat(make_parts(known, every))] == ["A", "B"]
+    obs["donor"] = ["P", *["Q"] * 19]  # a section of two patients
+    assert [part.group for part in flat(make_parts(known, every))] == ["A", "B"]
+    obs["donor"] = ["P", None] * 10
+    with pytest.raises(ValueError, match=r"`obs\['donor'\]` \(`patient_key`\) has 10 missing values"):
+        make_parts(known, every)
 
 
-def test_few_spots(table: AnnData, log: io.StringIO) -> None:
-    (part,) = flat(make_parts(table, SECTIONS, {"": rows(0, 2, 4, 1, 3)}))
+def test_few_spots(slide: Slide, log: io.StringIO) -> None:
+    (part,) = flat(make_parts(slide, {"": rows(0, 2, 4, 1, 3)}))
     assert part.name == "A"
     assert "Only 2 spots to score in 'B', which is left out" in log.getvalue()
     with pytest.raises(
         ValueError, match=r"No section has at least 3 spots to score: there are 4 in the sections \['A', 'B'\]"
     ):
-        make_parts(table, SECTIONS, {"": rows(0, 2, 1, 3)})
+        make_parts(slide, {"": rows(0, 2, 1, 3)})
 
 
-def test_names_that_are_not_unique(table: AnnData) -> None:
-    assert section_names(SECTIONS, table) == ["A", "B"]
-    table.obs["section"] = "same"
-    assert section_names(SECTIONS, table) == ["A_spots", "B_spots"]
+def test_sections_of_one_spots_element(slide: Slide) -> None:
+    slide.table.obs["part"] = np.repeat(["left", "right"], 10)
+    halves = replace(slide, spots=SECTIONS[:1], elements=Elements(section_key="part"))
+    parts = flat(make_parts(halves, {"": np.ones(20, dtype=bool)}))
+    assert {part.name: part.rows.tolist() for part in parts} == {
+        "left": [0, 2, 4, 6, 8],
+        "right": [10, 12, 14, 16, 18],
+    }
+
+
+def test_a_section_on_two_spots_elements(slide: Slide) -> None:
+    slide.table.obs["section"] = "same"
+    with pytest.raises(ValueError, match="The section 'same' .* lies on several spots elements"):
+        make_parts(slide, {"": np.ones(20, dtype=bool)})
+    regions = replace(slide, elements=Elements())
+    assert [part.name for part in flat(make_parts(regions, {"": np.ones(20, dtype=bool)}))] == ["A_spots", "B_spots"]
 
 
 # A few genes or spots at a time

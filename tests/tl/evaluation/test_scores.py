@@ -9,12 +9,13 @@ import pytest
 import scipy.sparse as sp
 from scipy import stats
 
-from stpredict._data.slots import Halves
+from stpredict.tl.evaluation.numbers import _parts
 from stpredict.tl.evaluation.numbers import _scores as _scoring
-from stpredict.tl.evaluation.numbers._metrics import morans_i, neighbor_graph
+from stpredict.tl.evaluation.numbers._ceiling import Halves
+from stpredict.tl.evaluation.numbers._metrics import neighbor_graph
+from stpredict.tl.evaluation.numbers._parts import Part
 from stpredict.tl.evaluation.numbers._scores import Scores, score_predictions
-from stpredict.tl.evaluation.runs import _parts
-from stpredict.tl.evaluation.runs._parts import Part
+from stpredict.tl.evaluation.numbers._sides import Side
 
 GENES = ["ACTB", "ERBB2", "KRT8", "CD3D"]
 # Rows are not in the order of sections, and row 40 is scored nowhere.
@@ -54,7 +55,7 @@ def run(measured: Any, predicted: Any, **changed: Any) -> Scores:
         "n_bootstrap": 200,
         "random_state": 0,
     }
-    return score_predictions(measured, predicted, **(arguments | changed))
+    return score_predictions(measured, {"m": predicted}, **(arguments | changed))["m"]
 
 
 def pick(frame: pd.DataFrame, gene: str, section: str) -> pd.Series:
@@ -75,7 +76,7 @@ def test_sections_pooled_and_their_mean(measured: np.ndarray, predicted: np.ndar
         assert row["pcc"] == pytest.approx(stats.pearsonr(x, y).statistic)
         assert row["spearman"] == pytest.approx(stats.spearmanr(x, y).statistic)
         assert row["rmse"] == pytest.approx(np.sqrt(np.mean((x - y) ** 2)))
-        assert row["moran_measured"] == pytest.approx(morans_i(x[None], neighbor_graph(grid(20)))[0])
+        assert row["moran_measured"] == pytest.approx(Side(x[None], graph=neighbor_graph(grid(20))).morans_i[0])
     mean, pooled = pick(frame, "ERBB2", "mean of sections"), pick(frame, "ERBB2", "pooled")
     for metric in ("pcc", "rmse", "spearman", "mae", "r2", "variance_ratio", "moran_measured", "moran_predicted"):
         assert mean[metric] == pytest.approx((each["A"][metric] + each["B"][metric]) / 2)
@@ -85,7 +86,9 @@ def test_sections_pooled_and_their_mean(measured: np.ndarray, predicted: np.ndar
     assert mean["n"] == pooled["n"] == 40
     # Neighbours are within sections.
     graph = sp.csr_matrix(sp.block_diag([neighbor_graph(grid(20))] * 2))
-    assert pooled["moran_predicted"] == pytest.approx(morans_i(predicted[rows, 1][None].astype(float), graph)[0])
+    assert pooled["moran_predicted"] == pytest.approx(
+        Side(predicted[rows, 1][None].astype(float), graph=graph).morans_i[0]
+    )
 
 
 def test_missing_and_constant_values(measured: np.ndarray, predicted: np.ndarray) -> None:
@@ -129,6 +132,23 @@ def test_sparse_is_like_dense_whatever_the_chunks(
     monkeypatch.setattr(_parts, "_CHUNK", chunk)
     pd.testing.assert_frame_equal(run(to(measured), predicted).frame("m"), expected)
     pd.testing.assert_frame_equal(run(measured, to(predicted)).frame("m"), expected)
+
+
+def test_models_beside_each_other_have_the_scores_of_each_alone(measured: np.ndarray, predicted: np.ndarray) -> None:
+    predictions = {"a": predicted, "constant": np.ones_like(predicted), "b": predicted[::-1], "a again": predicted}
+    arguments: dict[str, Any] = {"genes": GENES, "columns": np.arange(4), "spots": np.arange(41), "parts": PARTS}
+    found = score_predictions(measured, predictions, n_perms=99, n_bootstrap=99, random_state=0, **arguments)
+    for name, values in predictions.items():
+        alone = score_predictions(measured, {"m": values}, n_perms=99, n_bootstrap=99, random_state=0, **arguments)
+        pd.testing.assert_frame_equal(found[name].frame("m"), alone["m"].frame("m"))
+    assert found["constant"].frame("m")[["pvals", "pcc"]].dropna(how="all").empty
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.float16, ">f4"])
+def test_values_of_any_type(predicted: np.ndarray, dtype: Any) -> None:
+    counts = np.random.default_rng(2).poisson(3, (41, 4))
+    expected = run(counts.astype(np.float64), predicted).frame("m")
+    pd.testing.assert_frame_equal(run(counts.astype(dtype), predicted).frame("m"), expected)
 
 
 # P-values, intervals, ceilings

@@ -14,11 +14,16 @@ import spatialdata as sd
 from anndata import AnnData
 from scipy import sparse
 from spatialdata import SpatialData
-from spatialdata.transformations import Identity, Translation, set_transformation
+from spatialdata.models import TableModel
+from spatialdata.transformations import Identity, Scale, Translation, set_transformation
 
 import stpredict as stp
-from stpredict.models import NSL, _nsl_solver
+from stpredict._data import slots
+from stpredict._data.compat import layer_names
+from stpredict.models import NSL
+from stpredict.models.nsl import _solver
 from stpredict.models.nsl._stains import RUIFROK_JOHNSTON, stain_matrix
+from stpredict.pp import _reads
 
 MakeSData = Callable[..., SpatialData]
 LEARNED = ["stain_matrix", "weights", "direction", "intercept", "loss", "n_iter", "converged", "reference"]
@@ -26,7 +31,7 @@ LEARNED = ["stain_matrix", "weights", "direction", "intercept", "loss", "n_iter"
 
 def keys(table: AnnData) -> dict[str, list[str]]:
     slots = ("obs", "var", "uns", "obsm", "varm", "layers", "obsp")
-    return {slot: sorted(getattr(table, slot).keys()) for slot in slots}
+    return {slot: sorted(set(getattr(table, slot)) - {None}) for slot in slots}
 
 
 def with_training(sdata: SpatialData, held_out: str = "B") -> SpatialData:
@@ -40,6 +45,12 @@ def assert_same(a: NSL, b: NSL) -> None:
         np.testing.assert_array_equal(getattr(a, name), getattr(b, name), err_msg=name)
 
 
+def histogram_of(sdata: SpatialData, **options: Any) -> stp.pp.ColorHistogram:
+    histogram = stp.pp.color_histogram(sdata, inplace=False, **options)
+    assert histogram is not None
+    return histogram
+
+
 # What is written
 
 
@@ -48,16 +59,18 @@ def test_slots(make_sdata: MakeSData) -> None:
     set_transformation(sdata["B_spots"], Translation([100, 0], axes=("x", "y")), "B")
     table = sdata["table"]
     genes = ["gene4", "gene0", "gene7"]
+    before = keys(table)
     model = stp.tl.fit_nsl(sdata, genes=genes, train_key="train", spot_scale=1.0)
 
     layer = table.layers["nsl"]
     assert layer.dtype == np.float32
     assert layer.shape == table.shape
-    off = table.obs["n_pixels"].to_numpy() == 0
+    off = histogram_of(sdata, spot_scale=1.0).n_pixels == 0
     assert 0 < off.sum() < 28
     fitted = table.var_names.isin(genes)
     np.testing.assert_array_equal(np.isnan(layer), off[:, None] | ~fitted)
     np.testing.assert_array_equal(table.var["nsl_fitted"], fitted)
+    np.testing.assert_array_equal(table.obs["nsl_train"], table.obs["train"])
 
     learned = table.uns["nsl"]
     assert learned["genes"].tolist() == genes == model.genes
@@ -65,23 +78,45 @@ def test_slots(make_sdata: MakeSData) -> None:
     for name in LEARNED:
         assert learned[name].shape == shapes.get(name, (3,))
         np.testing.assert_array_equal(learned[name], getattr(model, name))
-    assert learned["params"] == {"model": "nsl", **model.params}
-    assert model.params["train_key"] == "train"
-    assert model.params["n_train"] == 28
-    assert (model.params["field"], model.params["bits"], model.params["layer"]) == (1.0, 5, "X")
+    assert {"model": "nsl", "train_key": "train", "n_train": 28, "layer": "X"}.items() <= learned["params"].items()
+    assert model.reads == {"kind": "histogram", "bits": 5, "spot_scale": 1.0}
+    assert len(model.seen) == 28
 
-    assert set(keys(table)["obsm"]) == {"color_histogram", "mean_od", "color_field"}
-    assert {"n_pixels", "coverage"} < set(table.obs)
+    pixels = sdata["A_spots"].loc[table.obs["spot_id"][:28]].geometry
+    np.testing.assert_allclose(table.obsm["spatial"][:28], np.column_stack([pixels.x, pixels.y]))
+    added = {slot: set(names) - set(before[slot]) for slot, names in keys(table).items()}
+    assert added == {
+        "layers": {"nsl"},
+        "var": {"nsl_fitted"},
+        "obs": {"nsl_train"},
+        "uns": {"nsl"},
+        "obsm": {"spatial"},
+        "varm": set(),
+        "obsp": set(),
+    }
+
+
+def test_columns_of_the_user_stay(make_sdata: MakeSData) -> None:
+    sdata = make_sdata(n_spots=16, n_genes=4)
+    table = sdata["table"]
+    table.obs = table.obs.assign(coverage="mine", n_pixels=-1, nsl_fold=np.arange(16) % 3, in_tissue=1)
+    table.obsm = {"spatial": np.zeros((16, 2)), "mean_od": np.ones((16, 2)), "color_histogram": np.ones((16, 1))}
+    before = table.copy()
+    stp.tl.fit_nsl(sdata)
+    pd.testing.assert_frame_equal(table.obs.drop(columns="nsl_train"), before.obs)
+    for name in before.obsm:
+        np.testing.assert_array_equal(table.obsm[name], before.obsm[name])
+    with pytest.warns(UserWarning, match="was fitted to all spots"):  # the user's nsl_fold tells nothing of it
+        stp.tl.score(sdata, n_perms=0, n_bootstrap=0)
 
 
 def test_predictions_are_those_of_the_model(make_sdata: MakeSData) -> None:
     sdata = make_sdata()
     model = stp.tl.fit_nsl(sdata, genes=["gene0", "gene5"])
-    table = sdata["table"]
-    counts = table.obsm["color_histogram"]
-    od = stp.pp._histogram.codebook_od(table.uns["color_histogram"]["codebook"], 5)
-    expected = model.predict(sparse.csr_matrix(counts / counts.sum(axis=1)), od)
-    np.testing.assert_allclose(table[:, ["gene0", "gene5"]].layers["nsl"], expected, atol=1e-4)
+    histogram = histogram_of(sdata)
+    shares = sparse.csr_matrix(histogram.counts / histogram.n_pixels[:, None])
+    expected = model.predict(shares, histogram.od)
+    np.testing.assert_allclose(sdata["table"][:, ["gene0", "gene5"]].layers["nsl"], expected, atol=1e-4)
 
 
 def test_what_follows_the_stains_is_predicted(make_sdata: MakeSData) -> None:
@@ -98,7 +133,7 @@ def test_own_key_and_layer(make_sdata: MakeSData) -> None:
     table = sdata["table"]
     table.layers["double"] = 2 * table.X
     once, twice = stp.tl.fit_nsl(sdata), stp.tl.fit_nsl(sdata, layer="double", key_added="nsl_2")
-    assert {"nsl", "nsl_2", "double"} == set(table.layers)
+    assert {"nsl", "nsl_2", "double"} == set(table.layers) - {None}
     np.testing.assert_allclose(table.layers["nsl_2"], 2 * table.layers["nsl"], rtol=1e-3, atol=1e-3)
     np.testing.assert_allclose(twice.loss, once.loss, atol=1e-5)
     assert twice.params["layer"] == "double"
@@ -127,7 +162,7 @@ def test_held_out_expression_is_never_looked_at(make_sdata: MakeSData) -> None:
     for options["genes"] in (None, "highly_variable"):
         clean = with_training(make_sdata(2, n_genes=40))
         expected = stp.tl.fit_nsl(clean, **options)
-        for garbage in (np.nan, np.inf, -1e30, 1e6):
+        for garbage in (np.nan, -1e30):
             sdata = with_training(make_sdata(2, n_genes=40))
             table = sdata["table"]
             values = table.X.toarray()
@@ -166,20 +201,53 @@ def test_spots_off_the_image_are_left_out_of_the_fit(make_sdata: MakeSData, log:
     sdata = make_sdata(n_spots=60)
     set_transformation(sdata["A_spots"], Translation([120, 0], axes=("x", "y")), "A")
     model = stp.tl.fit_nsl(sdata)
-    n_off = int((sdata["table"].obs["n_pixels"] == 0).sum())
-    assert n_off > 0
-    assert f"{n_off} training spots have no pixels on an image and are left out" in log.getvalue()
-    assert model.params["n_train"] == 60 - n_off
+    table = sdata["table"]
+    beyond = table.obsm["spatial"][:, 0] >= 330
+    assert 0 < beyond.sum() < 30
+    np.testing.assert_array_equal(table.obs["nsl_train"], ~beyond)
+    assert model.params["n_train"] == 60 - beyond.sum()
+    assert f"{beyond.sum()} training spots lack a spot, pixels or a feature and are left out" in log.getvalue()
 
 
 def test_spots_that_hold_no_pixel_are_left_out_of_the_fit(make_sdata: MakeSData) -> None:
     sdata = make_sdata(n_spots=48)
     sdata["A_spots"].iloc[:10, sdata["A_spots"].columns.get_loc("radius")] = 0.01
     model = stp.tl.fit_nsl(sdata, spot_scale=1.0)
-    empty = sdata["table"].obs["n_pixels"].to_numpy() == 0
+    empty = histogram_of(sdata, spot_scale=1.0).n_pixels == 0
     assert 0 < empty.sum() <= 10
     assert model.params["n_train"] == 48 - empty.sum()
     np.testing.assert_array_equal(np.isnan(sdata["table"].layers["nsl"]).all(axis=1), empty)
+
+
+def test_spots_beside_the_tissue_are_predicted_but_not_fitted_to(make_sdata: MakeSData) -> None:
+    sdata = make_sdata()
+    table = sdata["table"]
+    clean = stp.tl.fit_nsl(make_sdata(), genes=["gene0"], inplace=False)
+    table.obs["in_tissue"] = (np.arange(30) >= 5).astype(int)
+    table.X = sparse.csr_matrix(np.where(np.arange(30)[:, None] < 5, 1e6, table.X.toarray()))
+    model = stp.tl.fit_nsl(sdata, genes=["gene0"])
+    assert (model.params["n_train"], clean.params["n_train"]) == (25, 30)
+    np.testing.assert_array_equal(table.obs["nsl_train"], table.obs["in_tissue"] == 1)
+    assert np.isfinite(table.layers["nsl"][:, 0]).all()
+    assert table.layers["nsl"][:, 0].max() < 100
+
+
+@pytest.mark.parametrize(("color", "bits"), [(255, 5), (0, 5), (128, 4)])
+def test_blank_pictures(make_sdata: MakeSData, new_image: Callable[..., Any], color: int, bits: int) -> None:
+    sdata = make_sdata(n_spots=16, n_genes=4)
+    sdata["A_image"] = new_image(np.full((3, 290, 330), color, np.uint8), {"A": Identity()})
+    before = keys(sdata["table"])
+    with pytest.raises(ValueError, match="All 16 training spots have the same colors.*`image_key`"):
+        stp.tl.fit_nsl(sdata, bits=bits)
+    assert keys(sdata["table"]) == before
+
+
+def test_training_spots_on_glass(make_sdata: MakeSData) -> None:
+    sdata = with_training(make_sdata(2, n_spots=16, n_genes=4))
+    sdata["A_image"] = sdata["A_image"].copy(data=sdata["A_image"].data * 0 + 255)
+    with pytest.raises(ValueError, match="All 16 training spots have the same colors"):
+        stp.tl.fit_nsl(sdata, train_key="train")
+    stp.tl.fit_nsl(sdata)  # where half of them lie on tissue
 
 
 # References
@@ -237,15 +305,184 @@ def without_pixels(sdata: SpatialData) -> SpatialData:
     return sdata
 
 
-def test_refitting_reads_no_pixel(make_sdata: MakeSData) -> None:
+def test_colors_that_the_table_keeps_are_not_counted_again(make_sdata: MakeSData, tmp_path: Path) -> None:
     sdata = with_training(make_sdata(2))
     first = stp.tl.fit_nsl(sdata)
-    sdata = without_pixels(sdata)
-    assert_same(stp.tl.fit_nsl(sdata), first)
-    stp.tl.fit_nsl(sdata, train_key="train", stains="shared", pull=0.5, genes=["gene1"], key_added="other")
-    stp.tl.predict(sdata, first)
-    with pytest.raises(AssertionError, match="pixels were read"):
-        stp.tl.fit_nsl(sdata, spot_scale=1.0)
+    stp.pp.color_histogram(sdata, key_added="colors")
+    sdata["table"].write_h5ad(tmp_path / "table.h5ad")
+    sdata["table"] = reparsed(ad.read_h5ad(tmp_path / "table.h5ad"), ["A_spots", "B_spots"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_reads, "read_pixels", count_nothing)
+        assert_same(stp.tl.fit_nsl(sdata), first)
+        stp.tl.fit_nsl(sdata, train_key="train", stains="shared", pull=0.5, genes=["gene1"], key_added="other")
+        stp.tl.predict(sdata, first)
+        for other in ({"spot_scale": 1.0}, {"bits": 4}, {"shapes_key": "A_spots"}):
+            with pytest.raises(AssertionError, match="pixels were counted"):
+                stp.tl.fit_nsl(sdata, **other)
+
+
+def count_nothing(sections: Any, wanted: Any, n_obs: int) -> dict[Any, Any]:
+    assert not wanted, "pixels were counted"
+    return {}
+
+
+@pytest.mark.parametrize("change", ["pixels", "channels", "places", "rows", "columns of it", "no codebook"])
+def test_colors_that_the_table_keeps_of_something_else(make_sdata: MakeSData, change: str) -> None:
+    def make(*, keep: bool) -> SpatialData:
+        sdata = make_sdata(n_spots=16, n_genes=4)
+        if keep:
+            stp.pp.color_histogram(sdata)
+        table = sdata["table"]
+        if change == "pixels":
+            sdata.images["A_image"] = sdata["A_image"].copy(data=sdata["A_image"].data // 2)
+        elif change == "channels":
+            sdata.images["A_image"] = sdata["A_image"].assign_coords(c=["b", "g", "r"])
+        elif change == "places":
+            set_transformation(sdata["A_spots"], Translation([9, 0], axes=("x", "y")), "A")
+        elif change == "rows":
+            sdata["table"] = table[np.arange(16)[::-1]].copy()
+        elif change == "columns of it" and keep:
+            table.obsm["color_histogram"] = table.obsm["color_histogram"][:, :-3]
+        elif keep:
+            del table.uns["color_histogram"]["codebook"]
+        return sdata
+
+    kept, fresh = make(keep=True), make(keep=False)
+    assert_same(stp.tl.fit_nsl(kept), stp.tl.fit_nsl(fresh))
+    np.testing.assert_array_equal(kept["table"].layers["nsl"], fresh["table"].layers["nsl"])
+
+
+def test_a_replaced_picture_gives_new_predictions(make_sdata: MakeSData) -> None:
+    sdata = make_sdata()
+    model = stp.tl.fit_nsl(sdata)
+    stp.pp.color_histogram(sdata)
+    before = sdata["table"].layers["nsl"].copy()
+    fresh = make_sdata()
+    for slide in (sdata, fresh):
+        slide.images["A_image"] = slide["A_image"].copy(data=(slide["A_image"].data * 0.6).astype(np.uint8))
+        stp.tl.predict(slide, model)
+    assert np.abs(sdata["table"].layers["nsl"] - before).max() > 0.1
+    np.testing.assert_array_equal(sdata["table"].layers["nsl"], fresh["table"].layers["nsl"])
+
+
+def test_refitting_replaces_all_that_was_written_under_the_key(make_sdata: MakeSData) -> None:
+    sdata = make_sdata()
+    table = sdata["table"]
+    table.var["nsl_note"], table.obs["nsl_note"] = "mine", "mine"
+    stp.tl.fit_nsl(sdata)
+    stp.tl.fit_nsl(sdata, genes=["gene1", "gene2"], key_added="other")
+    other = table.layers["other"].copy()
+    stp.tl.score(sdata, key="nsl", spots="all", n_perms=20)
+    stp.tl.score(sdata, key="other", spots="all", n_perms=0)
+    assert "nsl_pvals" in table.var
+    stp.tl.fit_nsl(sdata, genes=["gene0"])
+    assert [name for name in table.var if name.startswith("nsl")] == ["nsl_note", "nsl_fitted"]
+    assert [name for name in table.obs if name.startswith("nsl")] == ["nsl_note", "nsl_train"]
+    assert "nsl_score" not in table.uns
+    assert table.var_names[table.var["nsl_fitted"]].tolist() == ["gene0"]
+    np.testing.assert_array_equal(np.isfinite(table.layers["nsl"]).any(axis=0), table.var["nsl_fitted"])
+    np.testing.assert_array_equal(table.layers["other"], other)
+    assert table.var["other_pcc"].notna().sum() == 2
+    stp.tl.score(sdata, key="nsl", spots="all", n_perms=0)
+
+
+@pytest.mark.parametrize(
+    ("uns_merge", "merge"),
+    [(None, None), ("same", "first"), ("unique", None), ("first", "first"), ("only", "first"), ("same", None)],
+)
+def test_refitting_after_concatenation(make_sdata: MakeSData, uns_merge: Any, merge: Any) -> None:
+    sections = {name: section(make_sdata(2, n_spots=16, n_genes=4), name) for name in "AB"}
+    for sdata in sections.values():
+        stp.tl.fit_nsl(sdata)
+        stp.tl.score(sdata, spots="all", n_perms=0)
+    table = ad.concat([sdata["table"] for sdata in sections.values()], merge=merge, uns_merge=uns_merge)
+    both = SpatialData(
+        images={name: image for sdata in sections.values() for name, image in sdata.images.items()},
+        shapes={name: spots for sdata in sections.values() for name, spots in sdata.shapes.items()},
+    )
+    both["table"] = reparsed(table, ["A_spots", "B_spots"])
+    before = both["table"].copy()
+    model = stp.tl.fit_nsl(both, genes=["gene1"])
+    table = both["table"]
+    assert model.params["n_train"] == 32
+    assert table.obs["nsl_train"].all()
+    np.testing.assert_array_equal(np.isfinite(table.layers["nsl"]).all(axis=0), table.var_names == "gene1")
+    np.testing.assert_array_equal(table.uns["nsl"]["weights"], model.weights)
+    expected = stp.tl.fit_nsl(make_sdata(2, n_spots=16, n_genes=4), genes=["gene1"])
+    np.testing.assert_allclose(model.loss, expected.loss, atol=1e-5)
+    assert (table.X != before.X).nnz == 0
+
+
+def test_scores_and_fits_after_spatialdata_concatenate(make_sdata: MakeSData) -> None:
+    a, b = (section(make_sdata(2, n_spots=16, n_genes=4), name) for name in "AB")
+    model = stp.tl.fit_nsl(a)
+    stp.tl.predict(b, model)
+    for sdata in (a, b):
+        stp.tl.score(sdata, spots="all", n_perms=0)
+    both = sd.concatenate([a, b], concatenate_tables=True)
+    table = both["table"]
+    in_a = (table.obs["section"] == "A").to_numpy()
+    np.testing.assert_array_equal(table.obs["nsl_train"], in_a)  # what the fit has written goes where the table goes
+    scores = stp.tl.score(both, n_perms=0, n_bootstrap=0)
+    assert set(scores["section"]) == {"B_spots", "mean of sections", "pooled"}
+    np.testing.assert_array_equal(table.obs["nsl_pcc"].isna(), in_a)
+    both = sd.concatenate([a, b], concatenate_tables=True)
+    table = both["table"]
+    stp.tl.predict(both, model)
+    np.testing.assert_array_equal(table.obs["nsl_train"], in_a)
+    assert "nsl_pcc" not in table.obs  # of the predictions that were there
+    stp.tl.fit_nsl(both)
+    assert table.obs["nsl_train"].all()
+
+
+def section(sdata: SpatialData, name: str) -> SpatialData:
+    """One of several sections, with its rows."""
+    table = sdata["table"][(sdata["table"].obs["section"] == name).to_numpy()].copy()
+    return SpatialData(
+        images={f"{name}_image": sdata[f"{name}_image"]},
+        shapes={f"{name}_spots": sdata[f"{name}_spots"]},
+        tables={"table": reparsed(table, [f"{name}_spots"])},
+    )
+
+
+def reparsed(table: AnnData, region: list[str]) -> AnnData:
+    table.uns.pop("spatialdata_attrs", None)
+    table.obs["region"] = pd.Categorical(table.obs["region"].astype(str))
+    return TableModel.parse(table, region=region, region_key="region", instance_key="spot_id")
+
+
+# A table of the modeled genes alone
+
+
+def test_a_table_of_its_own(make_sdata: MakeSData) -> None:
+    sdata, expected = (with_training(make_sdata(2, n_without_row=2)) for _ in range(2))
+    before = sdata["table"].copy()
+    genes = ["gene4", "gene0"]
+    model = stp.tl.fit_nsl(sdata, genes=genes, train_key="train", table_added="predicted")
+    assert_same(stp.tl.fit_nsl(expected, genes=genes, train_key="train"), model)
+    own, wide = sdata["predicted"], expected["table"]
+    assert keys(sdata["table"]) == keys(before)
+    assert own.var_names.tolist() == genes
+    np.testing.assert_array_equal(own.X, wide[:, genes].layers["nsl"])
+    np.testing.assert_array_equal(own.layers["nsl"], own.X)
+    np.testing.assert_array_equal(own.obs["nsl_train"], wide.obs["nsl_train"])
+    np.testing.assert_array_equal(own.obs[["region", "spot_id"]].to_numpy(), wide.obs[["region", "spot_id"]].to_numpy())
+    np.testing.assert_allclose(own.obsm["spatial"], wide.obsm["spatial"])
+    assert own.var["nsl_fitted"].all()
+    with pytest.raises(ValueError, match="`table_added` is 'predicted', but there is an element 'predicted' already"):
+        stp.tl.fit_nsl(sdata, table_key="table", table_added="predicted")
+
+
+def test_layers_that_would_be_huge(make_sdata: MakeSData, monkeypatch: pytest.MonkeyPatch) -> None:
+    sdata = make_sdata(n_spots=16, n_genes=8)
+    monkeypatch.setattr(slots, "MAX_LAYER_BYTES", 4 * 16 * 8 - 1)
+    monkeypatch.setattr(_reads, "read_pixels", None)
+    with pytest.raises(ValueError, match=r"A layer of 16 spots x 8 genes takes .* GB.*Pass `table_added`"):
+        stp.tl.fit_nsl(sdata, genes=["gene0"])
+    monkeypatch.undo()
+    monkeypatch.setattr(slots, "MAX_LAYER_BYTES", 4 * 16 * 8 - 1)
+    stp.tl.fit_nsl(sdata, genes=["gene0"], table_added="predicted")
+    assert sdata["predicted"].shape == (16, 1)
 
 
 # Round trips
@@ -256,38 +493,58 @@ def check_slots(table: AnnData, model: NSL, expected: AnnData) -> None:
     assert list(learned["genes"]) == model.genes
     for name in LEARNED:
         np.testing.assert_array_equal(learned[name], getattr(model, name), err_msg=name)
-    assert {key: str(value) for key, value in learned["params"].items()} == {
-        key: str(value) for key, value in expected.uns["nsl"]["params"].items()
-    }
+    assert dict(learned["params"]) == expected.uns["nsl"]["params"]
     np.testing.assert_array_equal(table.layers["nsl"], expected.layers["nsl"])
     np.testing.assert_array_equal(table.var["nsl_fitted"], expected.var["nsl_fitted"])
-    assert (table.obsm["color_histogram"] != expected.obsm["color_histogram"]).nnz == 0
-    np.testing.assert_array_equal(table.obsm["mean_od"], expected.obsm["mean_od"])
-    for column in ("n_pixels", "coverage", "region", "train"):
+    np.testing.assert_array_equal(table.obsm["spatial"], expected.obsm["spatial"])
+    for column in ("nsl_train", "region", "train"):
         np.testing.assert_array_equal(table.obs[column].to_numpy(), expected.obs[column].to_numpy())
 
 
-def test_zarr_round_trip(make_sdata: MakeSData, tmp_path: Path) -> None:
+def test_round_trips(make_sdata: MakeSData, tmp_path: Path) -> None:
     sdata = with_training(make_sdata(2, image_at="rotation", shapes_at="scale"))
     model = stp.tl.fit_nsl(sdata, train_key="train")
+    sdata["table"].write_h5ad(tmp_path / "table.h5ad")
+    from_h5ad = ad.read_h5ad(tmp_path / "table.h5ad")
+    check_slots(from_h5ad, model, sdata["table"])
     sdata.write(tmp_path / "slide.zarr")
     again = sd.read_zarr(tmp_path / "slide.zarr")
     check_slots(again["table"], model, sdata["table"])
-    assert_same(stp.tl.fit_nsl(without_pixels(again), train_key="train"), model)
+    assert_same(stp.tl.fit_nsl(again, train_key="train"), model)
 
 
-def test_h5ad_round_trip(make_sdata: MakeSData, tmp_path: Path) -> None:
-    sdata = with_training(make_sdata(2))
-    model = stp.tl.fit_nsl(sdata, train_key="train")
-    sdata["table"].write_h5ad(tmp_path / "table.h5ad")
-    table = ad.read_h5ad(tmp_path / "table.h5ad")
-    check_slots(table, model, sdata["table"])
-    table.uns["spatialdata_attrs"]["region"] = list(table.uns["spatialdata_attrs"]["region"])
+@pytest.mark.parametrize("kind", ["float16", ">f4", "backed", "csc", "view"])
+def test_tables_of_all_kinds(make_sdata: MakeSData, tmp_path: Path, kind: str) -> None:
+    sdata = make_sdata(n_spots=16, n_genes=4)
+    expected = stp.tl.fit_nsl(make_sdata(n_spots=16, n_genes=4))
+    table = sdata["table"]
+    if kind == "backed":
+        table.write_h5ad(tmp_path / "table.h5ad")
+        table = ad.read_h5ad(tmp_path / "table.h5ad", backed="r")
+        table.uns["spatialdata_attrs"]["region"] = "A_spots"
+    elif kind == "csc":
+        table.X = sparse.csc_matrix(table.X)
+    elif kind == "view":
+        table = table[:, table.var_names]
+    else:
+        table.X = table.X.toarray().astype(kind)
+    del sdata.tables["table"]
     sdata["table"] = table
-    assert_same(stp.tl.fit_nsl(without_pixels(sdata), train_key="train"), model)
+    model = stp.tl.fit_nsl(sdata)
+    np.testing.assert_allclose(model.loss, expected.loss, atol=0.05 if kind == "float16" else 1e-6)
+    assert np.isfinite(sdata["table"].layers["nsl"]).all()
 
 
 # Interrupts and failures
+
+
+def assert_unchanged(table: AnnData, before: AnnData) -> None:
+    assert keys(table) == keys(before)
+    pd.testing.assert_frame_equal(table.obs, before.obs)
+    pd.testing.assert_frame_equal(table.var, before.var)
+    assert (table.X != before.X).nnz == 0
+    for name in layer_names(before):
+        np.testing.assert_array_equal(table.layers[name], before.layers[name])
 
 
 @pytest.mark.parametrize("after", [0, 1])
@@ -296,7 +553,7 @@ def test_an_interrupted_fit_leaves_the_table_unchanged(
 ) -> None:
     sdata = make_sdata()
     before = sdata["table"].copy()
-    original = _nsl_solver._evaluate
+    original = _solver._evaluate
     calls = iter(range(10))
 
     def interrupted(*arguments: Any) -> Any:
@@ -304,31 +561,46 @@ def test_an_interrupted_fit_leaves_the_table_unchanged(
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(_nsl_solver, "_evaluate", interrupted)
+    monkeypatch.setattr(_solver, "_evaluate", interrupted)
     with pytest.raises(KeyboardInterrupt):
         stp.tl.fit_nsl(sdata)
-    assert keys(sdata["table"]) == keys(before)
-    pd.testing.assert_frame_equal(sdata["table"].obs, before.obs)
-    pd.testing.assert_frame_equal(sdata["table"].var, before.var)
-    assert (sdata["table"].X != before.X).nnz == 0
+    assert_unchanged(sdata["table"], before)
 
 
-def test_an_interrupted_prediction_leaves_earlier_results(
-    make_sdata: MakeSData, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("at", ["prediction", "preparation", "placing"])
+def test_an_interrupt_near_the_end_leaves_earlier_results(
+    make_sdata: MakeSData, monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
     sdata = make_sdata()
     stp.tl.fit_nsl(sdata, genes=["gene0"])
+    stp.tl.score(sdata, spots="all", n_perms=0)
     before = sdata["table"].copy()
 
     def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(NSL, "predict", interrupted)
+    def content(table: AnnData, place: str) -> Any:
+        found = getattr(table, place)
+        if place == "var" and "nsl_fitted" not in found:  # when the first half of the writing is done
+            monkeypatch.undo()
+            raise KeyboardInterrupt
+        return found
+
+    if at == "prediction":
+        monkeypatch.setattr(NSL, "predict", interrupted)
+    elif at == "preparation":
+        monkeypatch.setattr(slots.copy, "deepcopy", interrupted)
+    else:
+        monkeypatch.setattr(slots, "_content", content)
     with pytest.raises(KeyboardInterrupt):
         stp.tl.fit_nsl(sdata, genes=["gene1"], spot_scale=1.0)
-    assert keys(sdata["table"]) == keys(before)
-    np.testing.assert_array_equal(sdata["table"].layers["nsl"], before.layers["nsl"])
-    np.testing.assert_array_equal(sdata["table"].obs["n_pixels"], before.obs["n_pixels"])
+    monkeypatch.undo()
+    after = sdata["table"]
+    assert keys(after) == keys(before)
+    pd.testing.assert_frame_equal(after.var, before.var, check_like=True)
+    pd.testing.assert_frame_equal(after.obs, before.obs, check_like=True)
+    np.testing.assert_array_equal(after.layers["nsl"], before.layers["nsl"])
+    stp.tl.fit_nsl(sdata, genes=["gene1"])
 
 
 def test_genes_that_do_not_converge_are_named(make_sdata: MakeSData, log: io.StringIO) -> None:
@@ -359,6 +631,8 @@ def broken(sdata: SpatialData, how: str) -> SpatialData:
         table.var_names = ["gene0", *table.var_names[:-1]]
     if how == "off the image":
         set_transformation(sdata["A_spots"], Translation([0, 1e5], axes=("x", "y")), "A")
+    if how == "flat":
+        set_transformation(sdata["A_spots"], Scale([0.0, 0.0], axes=("x", "y")), "A")
     if how == "no image":
         del sdata.images["A_image"]
     if how == "no spots":
@@ -377,8 +651,8 @@ def broken(sdata: SpatialData, how: str) -> SpatialData:
 @pytest.mark.parametrize(
     ("how", "options", "error", "message"),
     [
-        ("NaN", {}, ValueError, r"`X` has NaN or infinite values on training spots.*\['gene2'\]"),
-        ("infinite", {}, ValueError, r"`X` has NaN or infinite values on training spots.*\['gene2'\]"),
+        ("NaN", {}, ValueError, r"`X` has NaN or infinite values in 1 training spot"),
+        ("infinite", {}, ValueError, r"`X` has NaN or infinite values in 1 training spot"),
         ("duplicate names", {}, ValueError, r"not unique \(\['gene0'\].*var_names_make_unique"),
         ("off the image", {}, ValueError, "All spots of 'A_spots' lie off the image.*Check the transformations"),
         ("no image", {}, ValueError, "no image in `sdata.images`.*Image2DModel.parse"),
@@ -386,7 +660,7 @@ def broken(sdata: SpatialData, how: str) -> SpatialData:
         ("no table", {}, ValueError, "no table in `sdata.tables`.*TableModel.parse"),
         ("no shared system", {}, ValueError, "share no coordinate system with an image.*set_transformation"),
         ("two images", {}, ValueError, r"\['A_image', 'again'\] have the same resolution.*`image_key`"),
-        ("foreign layer", {}, ValueError, r"`layers\['nsl'\]` exists and holds no predictions.*another `key_added`"),
+        ("foreign layer", {}, ValueError, r"`layers\['nsl'\]` exists and holds no result.*another `key_added`"),
         ("", {"genes": ["gene0", "ERBB2"]}, KeyError, r"1 of `genes` are not in `var_names`, such as \['ERBB2'\]"),
         ("", {"layer": "counts"}, KeyError, r"No layer 'counts' in the table; it has \[\]"),
         ("", {"train_key": "training"}, KeyError, r"No column 'training' in `obs`; its boolean columns are"),
@@ -406,8 +680,12 @@ def broken(sdata: SpatialData, how: str) -> SpatialData:
         ("", {"tol": -1e-5}, ValueError, "`tol` is -1e-05; expected at least 0"),
         ("", {"max_iter": 0}, ValueError, "`max_iter` is 0; expected at least 1"),
         ("", {"bits": 12}, ValueError, "`bits` is 12; expected an integer from 1 to 8"),
-        ("", {"field": 0}, ValueError, "`field` is 0; expected a positive number"),
+        ("", {"spot_scale": 0}, ValueError, "`spot_scale` is 0; expected a positive number"),
         ("", {"device": "tpu"}, ValueError, "`device` is 'tpu'; expected 'auto', 'cpu', 'cuda'"),
+        ("", {"device": None}, ValueError, "`device` is None; expected 'auto', 'cpu', 'cuda'"),
+        ("", {"genes": 5.0}, TypeError, "`genes` is 5.0; expected names"),
+        ("", {"pull": "0.1"}, ValueError, "`pull` is '0.1'; expected at least 0"),
+        ("flat", {}, ValueError, "The transformation of the spots 'A_spots' to 'A' is singular"),
         ("", {"image_key": "HE"}, KeyError, r"No image 'HE' in `sdata.images`; it has \['A_image'\]"),
         ("", {"shapes_key": "dots"}, KeyError, r"No spots 'dots' in `sdata.shapes`; it has \['A_spots'\]"),
         ("", {"table_key": "adata"}, KeyError, r"No table 'adata' in `sdata.tables`; it has \['table'\]"),
@@ -425,6 +703,30 @@ def test_bad_input(
     with pytest.raises(error, match=message):
         stp.tl.fit_nsl(sdata, **options)
     assert {key: keys(table) for key, table in sdata.tables.items()} == before
+
+
+def test_the_advice_for_a_table_that_annotates_nothing_leads_to_success(make_sdata: MakeSData) -> None:
+    sdata = make_sdata(n_spots=16, n_genes=4)
+    bare = SpatialData(
+        images=dict(sdata.images), shapes=dict(sdata.shapes), tables={"table": ad.concat([sdata["table"]])}
+    )
+    with pytest.raises(
+        ValueError, match=r"does not say which spots it annotates \(.*anndata.concat.*`sdata\[table_key\] = "
+    ):
+        stp.tl.fit_nsl(bare)
+    bare["table"] = TableModel.parse(bare["table"], region=["A_spots"], region_key="region", instance_key="spot_id")
+    assert_same(stp.tl.fit_nsl(bare), stp.tl.fit_nsl(sdata))
+
+
+@pytest.mark.parametrize(("lost", "what"), [("region", "region"), ("spot_id", "instance")])
+def test_the_advice_for_a_lost_column_leads_to_success(make_sdata: MakeSData, lost: str, what: str) -> None:
+    sdata = make_sdata(n_spots=16, n_genes=4)
+    obs = sdata["table"].obs
+    column = obs.pop(lost)
+    with pytest.raises(KeyError, match=rf"its {what} column is '{lost}' .*which `obs` lacks.*Restore the column"):
+        stp.tl.fit_nsl(sdata)
+    obs[lost] = column
+    stp.tl.fit_nsl(sdata)
 
 
 @pytest.mark.parametrize(
@@ -503,19 +805,13 @@ def test_histograms_stand_for_pixels(make_sdata: MakeSData) -> None:
     assert correlations(predicted, expected).min() > 0.999
 
 
-@pytest.fixture(scope="module")
-def c2(her2st_dir: Path) -> SpatialData:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STPREDICT_DATA_DIR", str(her2st_dir))
-        return stp.datasets.her2st(["C2"])
-
-
-def test_histograms_stand_for_pixels_on_a_real_section(c2: SpatialData) -> None:
-    table = c2["table"]
-    genes = list(table.var_names[np.asarray(table.X.mean(axis=0)).ravel().argsort()[[-1, -5, -30, -100, -250]]])
-    model = stp.tl.fit_nsl(c2, genes=[*genes, "ERBB2"])
-    centers, radii = spots_in_pixels(c2, "C2_spots", table.obs["spot_id"])
-    image = next(iter(c2["C2_image"]["scale0"].ds.values())).to_numpy()
-    expected = per_pixel(model, image, centers, model.params["field"] * radii)
-    predicted = table[:, model.genes].layers["nsl"]
+def test_histograms_stand_for_pixels_on_a_real_section(her2st: SpatialData) -> None:
+    table = her2st["table"]
+    genes = list(table.var_names[np.asarray(table.X.mean(axis=0)).ravel().argsort()[[-1, -30, -250]]])
+    model = stp.tl.fit_nsl(her2st, genes=[*genes, "ERBB2"], shapes_key="C4_spots")
+    some = np.flatnonzero(table.obs["section"] == "C4")[::5]
+    centers, radii = spots_in_pixels(her2st, "C4_spots", table.obs["spot_id"].iloc[some])
+    image = next(iter(her2st["C4_image"]["scale0"].ds.values())).to_numpy()
+    expected = per_pixel(model, image, centers, model.reads["spot_scale"] * radii)
+    predicted = table[some, model.genes].layers["nsl"]
     assert correlations(predicted, expected).min() > 0.999

@@ -30,19 +30,25 @@ def table() -> AnnData:
     return table
 
 
-def read(table: AnnData, genes: Any = None, *, layer: str | None = None, min_spots: int = 12) -> Targets:
-    return read_targets(table, np.arange(30), genes=genes, layer=layer, min_spots=min_spots)
+def read(
+    table: AnnData, genes: Any = None, *, gene_key: str | None = None, layer: str | None = None, min_spots: int = 12
+) -> Targets:
+    return read_targets(table, np.arange(30), genes=genes, gene_key=gene_key, layer=layer, min_spots=min_spots)
 
 
 # Training rows
+
+
+def advice_of(error: Exception) -> str:
+    return str(error).rpartition("with `")[2].removesuffix("`.")
 
 
 def test_all_rows_without_a_key(table: AnnData) -> None:
     assert training_mask(table, None).all()
 
 
-@pytest.mark.parametrize("dtype", ["bool", "boolean"])
-def test_boolean_columns(table: AnnData, dtype: str) -> None:
+@pytest.mark.parametrize("dtype", ["bool", "boolean", "int64", "Int8", "float32", "category", "object"])
+def test_truth_values_of_any_dtype(table: AnnData, dtype: str) -> None:
     table.obs["train"] = table.obs["train"].astype(dtype)
     mask = training_mask(table, "train")
     assert mask.dtype == bool
@@ -57,19 +63,30 @@ def test_unknown_train_key(table: AnnData) -> None:
 
 @pytest.mark.parametrize(
     "column",
-    [["yes"] * 40, [1] * 40, [1.0] * 40, pd.Categorical([True] * 40)],
+    [["yes"] * 40, [1, 2] * 20, [0.5, 1] * 20, pd.Categorical(["True", "False"] * 20)],
     ids=["str", "int", "float", "categorical"],
 )
-def test_train_key_that_is_not_boolean(table: AnnData, column: Any) -> None:
+def test_train_key_of_other_values(table: AnnData, column: Any) -> None:
     table.obs["train"] = column
-    with pytest.raises(TypeError, match=r"`obs\['train'\]` has dtype .*; expected True for spots to fit on and False"):
+    with pytest.raises(
+        TypeError, match=r"`obs\['train'\]` has dtype .*; expected True for spots to fit on and.*Make it boolean"
+    ) as refused:
         training_mask(table, "train")
+    table.obs["train"] = eval(advice_of(refused.value), {"obs": table.obs})
+    assert training_mask(table, "train").sum() in (20, 40)
 
 
-def test_train_key_with_missing_values(table: AnnData) -> None:
-    table.obs["train"] = pd.array([None, *[True] * 39], dtype="boolean")
-    with pytest.raises(TypeError, match="has dtype boolean and missing values"):
+@pytest.mark.parametrize(
+    "column",
+    [pd.array([None, *[True] * 39], dtype="boolean"), [np.nan, *[1.0] * 39], pd.Categorical([None, *[True] * 39])],
+    ids=["boolean", "float", "categorical"],
+)
+def test_train_key_with_missing_values(table: AnnData, column: Any) -> None:
+    table.obs["train"] = column
+    with pytest.raises(TypeError, match=r"`obs\['train'\]` has 1 missing values.*Fill them first") as refused:
         training_mask(table, "train")
+    table.obs["train"] = eval(advice_of(refused.value), {"obs": table.obs})
+    assert training_mask(table, "train").sum() == 39
 
 
 def test_train_key_that_is_all_false(table: AnnData) -> None:
@@ -127,6 +144,56 @@ def test_boolean_column_of_var(table: AnnData, dtype: str) -> None:
         assert read(table, "panel").genes == ["KRT8"]
 
 
+MASK = [True, False, True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        MASK,
+        np.array(MASK),
+        pd.Series(MASK, GENES),
+        pd.Series(MASK, GENES, dtype="boolean").iloc[::-1],
+        pd.Series(MASK),
+        pd.Series({"ZEB1": True, "ACTB": True, "KRT8": True}),
+    ],
+    ids=["list", "array", "Series", "reordered Series", "Series without names", "Series of some genes"],
+)
+def test_masks(table: AnnData, mask: Any) -> None:
+    assert read(table, mask).genes == ["ACTB", "KRT8", "ZEB1"]
+
+
+def test_masks_of_another_length(table: AnnData) -> None:
+    with pytest.raises(ValueError, match=r"`genes` is a mask of the shape \(5,\); the table has 6 genes"):
+        read(table, MASK[:5])
+
+
+@pytest.mark.parametrize("genes", [5.0, {"a": 1}.values, np.float32(3)], ids=["float", "function", "numpy"])
+def test_what_is_no_choice_of_genes(table: AnnData, genes: Any) -> None:
+    with pytest.raises(
+        TypeError, match="`genes` is .*; expected names, a boolean column of `var`, a mask, a whole number"
+    ):
+        read(table, genes)
+
+
+def test_genes_by_another_name(table: AnnData) -> None:
+    table.var["symbol"] = GENES
+    table.var_names = [f"ENSG0000012345{j}.{j + 1}" for j in range(6)]
+    assert read(table, ["KRT8", "ACTB"], gene_key="symbol").genes == ["KRT8", "ACTB"]
+    assert read(table, 2, gene_key="symbol").genes == [
+        GENES[j] for j in np.sort(np.argsort(-table.X[:30].mean(axis=0))[:2])
+    ]
+    versions = read(table, ["ENSG00000123452", "ENSG00000123450.9"])
+    np.testing.assert_array_equal(versions.values, table.X[:30, [2, 0]])
+    table.var["symbol"] = ["ACTB", *GENES[:5]]
+    with pytest.raises(
+        ValueError, match=r"`var\['symbol'\]` has names that .*more than once, such as \['ACTB'\].*gene_key"
+    ):
+        read(table, ["KRT8"], gene_key="symbol")
+    with pytest.raises(KeyError, match="`gene_key` is 'name', which `var` lacks"):
+        read(table, ["KRT8"], gene_key="name")
+
+
 def test_highly_variable_column_is_taken_as_it_is(table: AnnData) -> None:
     table.var["highly_variable"] = [False, True, False, True, False, False]
     assert read(table, "highly_variable").genes == ["ERBB2", "CD3D"]
@@ -162,7 +229,7 @@ def test_repeated_genes(table: AnnData) -> None:
         read(table, ["ACTB", "KRT8", "ACTB"])
 
 
-@pytest.mark.parametrize("column", [[1, 0, 1, 0, 1, 0], list("abcdef")], ids=["int", "str"])
+@pytest.mark.parametrize("column", [[1, 0, 2, 0, 1, 0], list("abcdef")], ids=["int", "str"])
 def test_columns_of_var_that_are_not_boolean(table: AnnData, column: list[Any]) -> None:
     table.var["panel"] = column
     with pytest.raises(TypeError, match=r"`var\['panel'\]` has dtype .*; expected a boolean column that selects genes"):
@@ -212,15 +279,39 @@ def test_table_without_x(table: AnnData) -> None:
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("to", [np.asarray, sparse.csr_matrix], ids=["dense", "sparse"])
-def test_values_that_are_not_finite(table: AnnData, bad: float, to: Callable[[Any], Any]) -> None:
+def test_a_gene_that_is_not_finite(table: AnnData, bad: float, to: Callable[[Any], Any]) -> None:
     values = np.array(table.X)
-    values[7, 1] = bad
+    values[[7, 9], 1] = bad
     table.X = to(values)
-    with pytest.raises(
-        ValueError, match=r"`X` has NaN or infinite values on training spots in 1 gene\(s\).*\['ERBB2'\]"
-    ):
-        read(table)
+    with pytest.raises(ValueError, match=r"`X` has NaN or inf.* in 1 gene\(s\), such as \['ERBB2'\].*these genes out"):
+        read(table, ["ACTB", "ERBB2", "KRT8"])
     assert read(table, ["ACTB", "KRT8"]).genes == ["ACTB", "KRT8"]  # that gene is not asked for
+
+
+def test_a_spot_that_is_not_finite(table: AnnData) -> None:
+    table.X[7] = np.nan  # 0 / 0, of a spot without counts
+    with pytest.raises(
+        ValueError, match=r"`X` has NaN or inf.* in 1 training spot\(s\), such as \['7'\].*filter_cells.*train_key"
+    ):
+        read(table, ["ACTB", "ERBB2", "KRT8"])
+    advised = read_targets(table, np.delete(np.arange(30), 7), genes=None, gene_key=None, layer=None, min_spots=12)
+    assert len(advised.rows) == 29
+
+
+@pytest.mark.parametrize("dtype", ["float16", ">f4", ">i2", "uint8", "float64", "bool"])
+def test_dtypes(table: AnnData, dtype: str) -> None:
+    table.X = (np.arange(240).reshape(40, 6) % 7 > 3).astype(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # these look like counts
+        targets = read(table, ["ACTB", "KRT8"])
+    np.testing.assert_array_equal(targets.values, np.arange(240).reshape(40, 6)[:30, [0, 2]] % 7 > 3)
+    assert targets.values.dtype == np.float32
+
+
+def test_complex_numbers_are_no_expression(table: AnnData) -> None:
+    table.X = table.X.astype(np.complex64)
+    with pytest.raises(TypeError, match="`X` has dtype complex64; expected real numbers"):
+        read(table)
 
 
 def test_rows_that_are_not_for_training_are_not_looked_at(table: AnnData) -> None:

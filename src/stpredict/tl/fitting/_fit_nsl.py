@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 import scipy.sparse as sp
+from anndata import AnnData
 from scanpy import logging as logg
 from spatialdata import SpatialData
 
-from stpredict._data import slots
-from stpredict.pp._histogram import DEFAULT_BITS, DEFAULT_SPOT_SCALE, ColorHistogram, cached_color_histogram
-from stpredict.tl.fitting._inputs import read_inputs
-from stpredict.tl.fitting._targets import fitted_to, read_targets
+from stpredict._data.elements import Elements
+from stpredict.pp._histogram import DEFAULT_BITS, DEFAULT_SPOT_SCALE, ColorHistogram, HistogramReads
+from stpredict.tl.fitting._declared import reads_by
+from stpredict.tl.fitting._inputs import start_fit
+from stpredict.tl.fitting._targets import Genes
 
 if TYPE_CHECKING:
     from stpredict.models import NSL
@@ -22,10 +24,18 @@ if TYPE_CHECKING:
 _MIN_SPOTS = 12
 
 
+def _reads(
+    _sdata: SpatialData, _table: AnnData, *, bits: int = DEFAULT_BITS, spot_scale: float = DEFAULT_SPOT_SCALE, **_: Any
+) -> HistogramReads:
+    return HistogramReads(bits, spot_scale)
+
+
+@reads_by(_reads)
 def fit_nsl(
     sdata: SpatialData,
     *,
-    genes: int | str | Sequence[str] | None = None,
+    genes: Genes = None,
+    gene_key: str | None = None,
     train_key: str | None = None,
     layer: str | None = None,
     stains: Literal["per_gene", "shared"] = "per_gene",
@@ -36,6 +46,7 @@ def fit_nsl(
     tol: float = 1e-5,
     max_iter: int = 100,
     key_added: str = "nsl",
+    table_added: str | None = None,
     image_key: str | Mapping[str, str] | None = None,
     shapes_key: str | Sequence[str] | None = None,
     table_key: str | None = None,
@@ -47,21 +58,24 @@ def fit_nsl(
 
     A stain matrix and two weights per gene are fitted to the colours under the training spots, all genes at once; see
     :class:`stpredict.models.NSL` for the model and for what the data can and cannot determine. The colours come from
-    :func:`stpredict.pp.color_histogram`; when the table holds histograms of the same images, ``bits`` and ``spot_scale``, no
-    pixel is read (recompute them with that function if you changed an image's pixels in place). Nothing is random: the
-    same data give the same model.
+    :func:`stpredict.pp.color_histogram`; when it has written histograms of the same pixels, spots, ``bits`` and ``spot_scale``
+    into the table, they are taken from there. Nothing is random: the same data give the same model.
 
     Parameters
     ----------
     sdata
         Images, spots, and a table with log-normalised expression.
     genes
-        Names; one name; a boolean column of ``var``; ``"highly_variable"`` (``var["highly_variable"]``, or, when there
-        is none, scanpy's choice on the training spots); a number, of the genes of highest mean expression on the
+        Names; one name; a boolean column of ``var``, or a mask; ``"highly_variable"`` (``var["highly_variable"]``, or, when
+        there is none, scanpy's choice on the training spots); a number, of the genes of highest mean expression on the
         training spots; `None` takes all genes detected in at least 10 % of the training spots.
+    gene_key
+        Column of ``var`` that names genes, such as symbols; the model knows its genes by these names. `None` means
+        ``var_names``.
     train_key
-        Boolean column of ``obs``: `True` for spots to fit on. The others are predicted but never looked at while
-        fitting, nor in the selection of genes. `None` fits on all spots.
+        Column of ``obs``: `True` for spots to fit on. The others are predicted but never looked at while fitting, nor in
+        the selection of genes. `None` fits on all spots. Spots beside the tissue (``obs["in_tissue"]`` is 0) are never
+        fitted to.
     layer
         Expression to fit, a key of ``layers``. `None` means ``X``.
     stains
@@ -83,7 +97,10 @@ def fit_nsl(
     max_iter
         Most steps per gene.
     key_added
-        Where the results go.
+        What the results are named after.
+    table_added
+        Write a new table of the modeled genes alone, under this key, instead of a layer of all genes; its ``X`` holds the
+        predictions too. `None` writes into the table that was read.
     image_key, shapes_key, table_key, coordinate_system
         Which elements to use, as in :func:`stpredict.pp.color_histogram`. `None` finds them.
     device
@@ -97,19 +114,23 @@ def fit_nsl(
 
     ``layers["nsl"]``
         ``(n_obs, n_vars)`` float32 predictions for all spots, training spots included; NaN for genes that are not
-        modelled and spots without pixels.
+        modeled and spots without pixels.
     ``var["nsl_fitted"]``
-        Genes that are modelled.
+        Genes that are modeled.
+    ``obs["nsl_train"]``
+        Spots that the model was fitted to.
     ``uns["nsl"]``
-        For the ``G`` modelled genes ``genes``, ``stain_matrix`` (G x 3 x 3), ``weights`` (G x 2), ``direction``
+        For the ``G`` modeled genes ``genes``, ``stain_matrix`` (G x 3 x 3), ``weights`` (G x 2), ``direction``
         (G x 3), ``intercept``, ``loss``, ``n_iter``, ``converged`` (G each), ``reference`` (3 x 3) and ``params``.
-    ``obsm["color_histogram"]``, ``obsm["mean_od"]``, ``obsm["color_field"]``, ``obs["n_pixels"]``, ``obs["coverage"]``, ``uns["color_histogram"]``
-        As :func:`stpredict.pp.color_histogram`, unless they were there.
+    ``obsm["spatial"]``
+        Centers of the spots in pixels of their image, where the table had none.
+
+    What a former call wrote under this key, scores included, is taken away.
 
     Raises
     ------
     KeyError, TypeError, ValueError
-        Elements, genes, keys or values that do not fit; the table is then unchanged.
+        Elements, genes, keys or values that do not fit, or spots that all have the same colors; the table is then unchanged.
 
     References
     ----------
@@ -128,93 +149,70 @@ def fit_nsl(
     if stains not in ("per_gene", "shared"):
         raise ValueError(f"`stains` is {stains!r}; expected 'per_gene' or 'shared'.")
     for name, value in (("pull", pull), ("tol", tol)):
-        if not (np.isfinite(value) and value >= 0):
+        if not (isinstance(value, int | float | np.number) and 0 <= value < np.inf):
             raise ValueError(f"`{name}` is {value!r}; expected at least 0.")
     if not (isinstance(max_iter, int | np.integer) and max_iter >= 1):
         raise ValueError(f"`max_iter` is {max_iter!r}; expected at least 1, and an integer.")
     if isinstance(reference, str) and reference not in ("ruifrok", "macenko"):
         raise ValueError(f"`reference` is {reference!r}; expected 'ruifrok', 'macenko' or an array of stain vectors.")
-    table, sections, training, targets, device = read_inputs(
+    elements = Elements(
+        image_key=image_key, shapes_key=shapes_key, table_key=table_key, coordinate_system=coordinate_system
+    )
+    with start_fit(
         sdata,
+        elements,
+        HistogramReads(bits, spot_scale),
         genes=genes,
+        gene_key=gene_key,
         train_key=train_key,
         layer=layer,
         min_spots=_MIN_SPOTS,
         key_added=key_added,
-        image_key=image_key,
-        shapes_key=shapes_key,
-        table_key=table_key,
-        coordinate_system=coordinate_system,
+        table_added=table_added,
+        inplace=inplace,
         device=device,
-    )
-    histogram = cached_color_histogram(sections, table, bits=bits, spot_scale=spot_scale)
-    seen = histogram.n_pixels > 0
-    if not seen[targets.rows].all():  # spots smaller than a pixel
-        targets = read_targets(table, targets.rows[seen[targets.rows]], genes=genes, layer=layer, min_spots=_MIN_SPOTS)
-    if n_left_out := int(training.sum()) - len(targets.rows):
-        logg.info(f"{n_left_out} training spots have no pixels on an image and are left out.")
-    fractions = color_fractions(histogram)
-    model = NSL.fit(
-        fractions[targets.rows],
-        histogram.od,
-        targets.values,
-        targets.genes,
-        reference=_reference(reference, histogram, targets.rows),
-        stains=stains,
-        pull=pull,
-        tol=tol,
-        max_iter=max_iter,
-        device=device,
-        params={
-            "stains": stains,
-            "reference": reference if isinstance(reference, str) else "given",
-            "pull": float(pull),
-            "spot_scale": float(spot_scale),
-            "bits": int(bits),
-            "tol": float(tol),
-            "max_iter": int(max_iter),
-            **fitted_to(table, layer, train_key),
-            "n_train": len(targets.rows),
-        },
-    )
-    if not model.converged.all():
-        stuck = [gene for gene, done in zip(model.genes, model.converged, strict=True) if not done]
-        logg.warning(
-            f"{len(stuck)} of {len(model.genes)} genes did not converge in {max_iter} steps, such as {stuck[:5]}; "
-            "what they reached is kept. Raise `max_iter` or `tol`."
+    ) as fit:
+        histogram, targets = cast(ColorHistogram, fit.inputs), fit.targets
+        fractions = histogram.fractions(targets.rows)
+        _check_colors(fractions)
+        model = NSL.fit(
+            fractions,
+            histogram.od,
+            targets.values,
+            targets.genes,
+            reference=_reference(reference, histogram, targets.rows),
+            stains=stains,
+            pull=pull,
+            tol=tol,
+            max_iter=max_iter,
+            device=fit.device,
+            **fit.kept(
+                stains=stains,
+                reference=reference if isinstance(reference, str) else "given",
+                pull=float(pull),
+                tol=float(tol),
+                max_iter=int(max_iter),
+            ),
         )
-    if inplace:
-        predicted = model.predict(fractions, histogram.od, device=device)
-        slots.write_color_histogram(table, histogram)
-        write_nsl(table, key_added, model, predicted, seen)
+        if not model.converged.all():
+            stuck = [gene for gene, done in zip(model.genes, model.converged, strict=True) if not done]
+            logg.warning(
+                f"{len(stuck)} of {len(model.genes)} genes did not converge in {max_iter} steps, such as {stuck[:5]}; "
+                "what they reached is kept. Raise `max_iter` or `tol`."
+            )
+        if inplace:
+            fit.finish(model, key_added, gene_key, table_added)
     return model
 
 
-def color_fractions(histogram: ColorHistogram) -> sp.csr_matrix:
-    """Histograms whose rows sum to 1 (or to 0 for spots without pixels)."""
-    return sp.csr_matrix(sp.diags(1 / np.maximum(histogram.n_pixels, 1)) @ histogram.counts)
-
-
-def write_nsl(table: Any, key: str, model: NSL, predicted: np.ndarray, seen: np.ndarray) -> None:
-    """Write predictions and everything that was learned, for the rows that have pixels."""
-    predicted[~seen] = np.nan
-    slots.write_predictions(
-        table,
-        key,
-        model.genes,
-        predicted,
-        {
-            "stain_matrix": model.stain_matrix,
-            "weights": model.weights,
-            "direction": model.direction,
-            "intercept": model.intercept,
-            "loss": model.loss,
-            "n_iter": model.n_iter,
-            "converged": model.converged,
-            "reference": model.reference,
-            "params": {"model": model.kind, **model.params},
-        },
-    )
+def _check_colors(fractions: sp.csr_matrix) -> None:
+    """Refuse spots that all look the same, as on glass or another picture."""
+    spread = np.asarray(fractions.max(axis=0).toarray() - fractions.min(axis=0).toarray()).max()
+    if spread < 1e-9:  # shares are rounded
+        raise ValueError(
+            f"All {fractions.shape[0]} training spots have the same colors: there is nothing to learn from. Check that the "
+            "spots lie on the tissue (`image_key`, the transformations)."
+        )
 
 
 def _reference(reference: str | np.ndarray, histogram: ColorHistogram, rows: np.ndarray) -> np.ndarray:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from anndata import AnnData
 from scanpy import logging as logg
 from spatialdata import SpatialData
 
-from stpredict._data import slots
-from stpredict._data.slide import read_table
-from stpredict.pp._features import Encoder, Features, choose_sources, needs_image, read_features, write_made
+from stpredict._data.elements import Elements
+from stpredict._data.slide import find_table
+from stpredict.pp._features import Feature, FeatureReads, Features, choose_sources
 from stpredict.pp._patches import DEFAULT_SPOT_SCALE
-from stpredict.tl.fitting._inputs import read_inputs
-from stpredict.tl.fitting._targets import fitted_to, read_targets
+from stpredict.tl.fitting._declared import reads_by
+from stpredict.tl.fitting._inputs import start_fit
+from stpredict.tl.fitting._targets import Genes
 
 if TYPE_CHECKING:
     from stpredict.models import Ridge
@@ -25,11 +26,25 @@ _MIN_SPOTS = 12
 _NOTHING = 0.1
 
 
-def fit_ridge(
+def _reads(
     sdata: SpatialData,
+    table: AnnData,
     *,
-    features: str | Encoder | Sequence[str | Encoder] = "color_statistics",
-    genes: int | str | Sequence[str] | None = None,
+    features: Feature | Sequence[Feature] = "color_statistics",
+    image_size: int = 224,
+    spot_scale: float = DEFAULT_SPOT_SCALE,
+    **_: Any,
+) -> FeatureReads:
+    return choose_sources(sdata, table, features, image_size=image_size, spot_scale=spot_scale)
+
+
+@reads_by(_reads)
+def fit_ridge(
+    sdata: SpatialData | AnnData,
+    *,
+    features: Feature | Sequence[Feature] = "color_statistics",
+    genes: Genes = None,
+    gene_key: str | None = None,
     train_key: str | None = None,
     layer: str | None = None,
     n_components: int | None = 256,
@@ -37,6 +52,7 @@ def fit_ridge(
     image_size: int = 224,
     spot_scale: float = DEFAULT_SPOT_SCALE,
     key_added: str = "ridge",
+    table_added: str | None = None,
     image_key: str | Mapping[str, str] | None = None,
     shapes_key: str | Sequence[str] | None = None,
     table_key: str | None = None,
@@ -53,21 +69,25 @@ def fit_ridge(
     Parameters
     ----------
     sdata
-        Spots, a table with log-normalised expression, and images where features are made of them.
+        Spots, a table with log-normalised expression, and images where features are made of them; a table by itself, with
+        places in ``obsm["spatial"]``, where none are.
     features
         One or several of:
 
-        - a key of ``obsm``: an array, sparse matrix or data frame, such as squidpy's image features or the embedding of a
-          pathology foundation model by LazySlide;
+        - a key of ``obsm``: an array, sparse matrix or data frame, such as squidpy's image features. The columns of a data
+          frame are matched by name when the model predicts;
+        - ``(table_key, key)``: ``obsm[key]`` of another table of the same spots, or its ``X`` with a key of `None`, such as
+          ``("uni_tiles", None)`` for the embedding of a pathology foundation model by LazySlide. Rows are joined by
+          instance;
         - ``"color_statistics"`` (:func:`stpredict.pp.color_statistics`), ``"mean_od"`` or ``"color_histogram"``
-          (:func:`stpredict.pp.color_histogram`; square roots of the shares of 512 colours): those that the table holds,
-          else made with the defaults of these functions;
+          (:func:`stpredict.pp.color_histogram`; square roots of the shares of 512 colours): made with the settings of what
+          these functions have written into the table, else with their defaults;
         - ``"position"``: a smooth basis of the place in a section, for each section and shared by all. It looks at no
           image, and says how much of a score is due to the place alone;
         - an encoder: a torch module, a torchscript module or any callable that maps a batch of patches, a float tensor
           ``(b, 3, image_size, image_size)`` with values in [0, 1], to features ``(b, d)``. Nothing is downloaded; put the
           normalisation that your checkpoint expects into it.
-    genes, train_key, layer
+    genes, gene_key, train_key, layer
         What to fit, on which spots, as in :func:`stpredict.tl.fit_nsl`.
     n_components
         Principal components to regress on when there are more features than that. `None` never reduces.
@@ -76,8 +96,8 @@ def fit_ridge(
         that of HEST-bench, 100 / (features after reduction x genes), which hardly penalises; a number is taken as it is.
     image_size, spot_scale
         Pixels of an encoder's patches and their field of view in spot diameters, as in :func:`stpredict.pp.patches`.
-    key_added
-        Where the results go.
+    key_added, table_added
+        Where the results go, as in :func:`stpredict.tl.fit_nsl`.
     image_key, shapes_key, table_key, coordinate_system
         Which elements to use, as in :func:`stpredict.pp.color_histogram`. `None` finds them.
     device
@@ -92,15 +112,17 @@ def fit_ridge(
 
     ``layers["ridge"]``
         ``(n_obs, n_vars)`` float32 predictions for all spots, training spots included; NaN for genes that are not
-        modelled and spots that lack a feature (such training spots are left out, and counted in the log).
-    ``var["ridge_fitted"]``
-        Genes that are modelled.
+        modeled and spots that lack a feature (such training spots are left out, and counted in the log).
+    ``var["ridge_fitted"]``, ``obs["ridge_train"]``
+        Genes that are modeled, and spots that the model was fitted to.
     ``uns["ridge"]``
-        For the ``G`` modelled genes ``genes``, ``alpha``, ``degrees_of_freedom`` (effective ones) and ``params``.
+        For the ``G`` modeled genes ``genes``, ``alpha``, ``degrees_of_freedom`` (effective ones) and ``params``.
     ``obsm["ridge_features"]``
         ``(n_obs, d)`` float32, what an encoder made. Name this key as ``features`` to fit again without encoding again.
-    ``obsm["color_statistics"]``, ``obsm["color_histogram"]``, …
-        As their own functions write them, where they were made.
+    ``obsm["spatial"]``
+        Centers of the spots in pixels of their image, where the table had none and an image was read.
+
+    What a former call wrote under this key, scores included, is taken away.
 
     Raises
     ------
@@ -133,90 +155,44 @@ def fit_ridge(
     is_number = isinstance(alpha, int | float | np.number) and not isinstance(alpha, bool)
     if not (alpha in ("gcv", "hest") if isinstance(alpha, str) else is_number and 0 <= alpha < np.inf):
         raise ValueError(f"`alpha` is {alpha!r}; expected 'gcv', 'hest' or a number that is not negative.")
-    sources, encoder = choose_sources(
-        read_table(sdata, table_key)[1], features, image_size=image_size, spot_scale=spot_scale
+    elements = Elements(
+        image_key=image_key, shapes_key=shapes_key, table_key=table_key, coordinate_system=coordinate_system
     )
-    table, sections, training, targets, device = read_inputs(
+    reads = choose_sources(sdata, find_table(sdata, elements), features, image_size=image_size, spot_scale=spot_scale)
+    with start_fit(
         sdata,
+        elements,
+        reads,
         genes=genes,
+        gene_key=gene_key,
         train_key=train_key,
         layer=layer,
         min_spots=_MIN_SPOTS,
         key_added=key_added,
-        image_key=image_key,
-        shapes_key=shapes_key,
-        table_key=table_key,
-        coordinate_system=coordinate_system,
+        table_added=table_added,
+        inplace=inplace,
         device=device,
-        needs_image=needs_image(sources),
-    )
-    if encoder is not None:
-        slots.check_features_key(table, key_added)
-    read = read_features(sdata, table, sections, sources, encoder=encoder, shapes_key=shapes_key, device=device)
-    known = read.known
-    if not known[targets.rows].all():
-        _check_any_known(read, targets.rows)
-        targets = read_targets(table, targets.rows[known[targets.rows]], genes=genes, layer=layer, min_spots=_MIN_SPOTS)
-    if n_left_out := int(training.sum()) - len(targets.rows):
-        logg.info(f"{n_left_out} training spots lack a spot, an image or a feature and are left out.")
-    model = Ridge.fit(
-        read.values[targets.rows],
-        targets.values,
-        targets.genes,
-        n_components=n_components,
-        alpha=alpha,
-        common_scale=read.common_scale,
-        params={
-            "features": read.sources,
-            "n_components": "all" if n_components is None else int(n_components),
-            "alpha": alpha if isinstance(alpha, str) else float(alpha),
-            **fitted_to(table, layer, train_key),
-            "n_train": len(targets.rows),
-        },
-    )
-    if alpha == "gcv" and (n_constant := int((model.degrees_of_freedom < _NOTHING).sum())) > len(model.genes) / 2:
-        logg.warning(
-            f"Cross-validation finds that the features say nothing about {n_constant} of {len(model.genes)} genes: they are "
-            "predicted as all but constant."
+    ) as fit:
+        read, targets = cast(Features, fit.inputs), fit.targets
+        model = Ridge.fit(
+            read.values[targets.rows],
+            targets.values,
+            targets.genes,
+            n_components=n_components,
+            alpha=alpha,
+            common_scale=read.common_scale,
+            uncentered=read.uncentered,
+            **fit.kept(
+                n_components="all" if n_components is None else int(n_components),
+                alpha=alpha if isinstance(alpha, str) else float(alpha),
+            ),
         )
-    if inplace:
-        write_made(table, key_added, read.made)
-        write_ridge(table, key_added, model, model.predict(read.values), known)
+        n_constant = int((model.degrees_of_freedom < _NOTHING).sum())
+        if alpha == "gcv" and n_constant > len(model.genes) / 2:
+            logg.warning(
+                f"Cross-validation finds that the features say nothing about {n_constant} of {len(model.genes)} genes: they "
+                "are predicted as all but constant."
+            )
+        if inplace:
+            fit.finish(model, key_added, gene_key, table_added)
     return model
-
-
-def write_ridge(table: AnnData, key: str, model: Ridge, predicted: np.ndarray, known: np.ndarray) -> None:
-    """Write predictions and penalties, for the rows that have features."""
-    predicted[~known] = np.nan
-    slots.write_predictions(
-        table,
-        key,
-        model.genes,
-        predicted,
-        {
-            "alpha": model.alpha,
-            "degrees_of_freedom": model.degrees_of_freedom,
-            "params": {"model": model.kind, **_storable(model.params)},
-        },
-    )
-
-
-def _storable(params: Any) -> Any:
-    """Lists as arrays, which h5ad and zarr store."""
-    if isinstance(params, dict):
-        return {name: _storable(value) for name, value in params.items()}
-    return np.array(params) if isinstance(params, list) else params
-
-
-def _check_any_known(read: Features, rows: np.ndarray) -> None:
-    if read.known[rows].any():
-        return
-    missing, first = {}, 0
-    for name, source in read.sources.items():
-        block = read.values[rows, first : first + source["n_features"]]
-        missing[name] = f"{name!r} in {(~np.isfinite(block).all(axis=1)).sum()}"
-        first += source["n_features"]
-    raise ValueError(
-        f"None of the {len(rows)} training spots has all features; missing (NaN) are {', '.join(missing.values())} of them. "
-        "Leave such features or columns out."
-    )

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from anndata import AnnData
+from scanpy import logging as logg
 from spatialdata import SpatialData
+from spatialdata.models import TableModel
 
-from stpredict._data import slots
-from stpredict._data.slide import Section, read_sections, read_table
-from stpredict.pp._features import Encoder, needs_image, read_features, write_made
-from stpredict.pp._histogram import cached_color_histogram
-from stpredict.pp._patches import extract
-from stpredict.tl.fitting._fit_m2ost import write_m2ost
-from stpredict.tl.fitting._fit_nsl import color_fractions, write_nsl
-from stpredict.tl.fitting._fit_ridge import write_ridge
+from stpredict._data.elements import Elements
+from stpredict._data.genes import find_genes, report_overlap
+from stpredict._data.messages import listed
+from stpredict._data.slide import (
+    Slide,
+    check_spatialdata,
+    is_for_predictions,
+    open_slide,
+    open_without_table,
+    with_more_genes,
+)
+from stpredict._data.slots import check_name, check_new_table
+from stpredict.pp._encode import Encoder
+from stpredict.pp._features import FeatureReads, Features
+from stpredict.pp._reads import Inputs, needs_image, read_inputs, reads_of
+from stpredict.tl.fitting._finish import check_free, predict_rows, write_predictions
 
 if TYPE_CHECKING:
-    from stpredict.models import M2OST, NSL, Ridge
+    from stpredict.models import FittedModel
 
 
 def predict(
     sdata: SpatialData,
-    model: NSL | M2OST | Ridge,
+    model: FittedModel,
     *,
     encoder: Encoder | None = None,
+    gene_key: str | None = None,
     key_added: str | None = None,
+    table_added: str | None = None,
     image_key: str | Mapping[str, str] | None = None,
     shapes_key: str | Sequence[str] | None = None,
     table_key: str | None = None,
@@ -36,30 +49,40 @@ def predict(
 ) -> None:
     """Predict expression with a fitted model.
 
-    A slide without any table gets one: ``sdata["table"]`` (or ``table_key``), a row for each spot and a column for each
-    gene of the model, without ``X``.
+    Where no table has the model's genes, the spots get one: a row for each spot and a column for each gene of the model,
+    without ``X``. Such a table takes the genes of further models, too.
 
     Parameters
     ----------
     sdata
         Images and spots, as for the ``fit`` functions; expression is not looked at. For a model of
-        :func:`stpredict.tl.fit_ridge` also the features of ``obsm`` that it was fitted to.
+        :func:`stpredict.tl.fit_ridge` also the features that it was fitted to.
     model
         What a ``fit`` function returned or :func:`stpredict.models.load` read.
     encoder
         The encoder that :func:`stpredict.tl.fit_ridge` was given; it is not saved with the model. `None` for all other
         models.
+    gene_key
+        Column of ``var`` that names genes as the model does. `None` means ``var_names``. Versions of Ensembl ids do not
+        matter.
     key_added
-        Where the results go. `None` means the kind of the model, such as ``"nsl"``.
-    image_key, shapes_key, table_key, coordinate_system
+        What the results are named after. `None` means the kind of the model, such as ``"nsl"``.
+    table_added
+        Write a new table of the model's genes alone, under this key, instead of a layer of all genes; its ``X`` holds the
+        predictions too. It has a row for each spot that the table has, or for each spot if there is no table.
+    image_key, shapes_key, coordinate_system
         Which elements to use, as in :func:`stpredict.pp.color_histogram`. `None` finds them.
+    table_key
+        The table to write into; one that does not exist is made. `None` takes the only one that annotates the spots and has
+        genes of the model, else makes ``"table"``, or ``"predictions"`` beside others.
     device
         ``"auto"`` (a GPU if there is one), ``"cpu"``, ``"cuda"`` or ``"cuda:<number>"``.
 
     Returns
     -------
-    `None`. Written to the table: the slots of the ``fit`` function that made the model. Genes of the model that the table lacks are
-    left out, and counted in the log.
+    `None`. Written to the table: the slots of the ``fit`` function that made the model. Rows of spots that were not asked for
+    (``shapes_key``) keep the predictions that they have. ``obs[f"{key}_train"]`` marks spots that show what a training
+    spot of the model shows. Genes of the model that the table lacks are left out, and counted in the log.
 
     Raises
     ------
@@ -76,68 +99,86 @@ def predict(
     >>> "nsl" in new["table"].layers
     True
     """
-    from stpredict.models import M2OST, NSL, Ridge
+    from stpredict.models import FittedModel
     from stpredict.models._device import resolve_device
 
-    if not isinstance(model, NSL | M2OST | Ridge):
+    if not isinstance(model, FittedModel):
         raise TypeError(f"Expected a fitted model, got {type(model).__name__}; load one with `stp.models.load(path)`.")
-    if encoder is not None and not isinstance(model, Ridge):
-        raise ValueError(f"`encoder` is given, but a model of kind {model.kind!r} reads no encoder's features.")
+    reads = reads_of(model.reads, encoder)
     device = resolve_device(device)
     key = model.kind if key_added is None else key_added
-    new_table = isinstance(sdata, SpatialData) and not len(sdata.tables)
-    if new_table:
-        table_key = table_key or "table"
-        slots.check_new_table(sdata, table_key)
-        sections = read_sections(
-            sdata, None, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system
-        )
-        table = slots.empty_table(sections, model.genes)
+    check_name(key, "key_added")
+    elements = Elements(
+        image_key=image_key, shapes_key=shapes_key, table_key=table_key, coordinate_system=coordinate_system
+    )
+    slide = _open(sdata, model, elements, gene_key, images=needs_image(reads))
+    if table_added is None:
+        slide = with_more_genes(slide, model.genes)
+        columns = find_genes(slide.table, model.genes, gene_key)
+        report_overlap(slide.table, model.genes, columns)
     else:
-        _, table = read_table(sdata, table_key)
-        sections = []
-        if not isinstance(model, Ridge) or needs_image(model.params["features"]):
-            sections = read_sections(
-                sdata, table, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system
+        columns = np.arange(len(model.genes))
+    encodes = isinstance(reads, FeatureReads) and reads.encoder is not None
+    check_free(slide, key, table_added, encodes=encodes)
+    with read_inputs(slide, reads, device=device) as inputs:
+        write_predictions(
+            slide,
+            key,
+            model,
+            predict_rows(model, inputs, slide.n_obs, device),
+            columns=columns,
+            train=_seen(slide, model, inputs),
+            encoded=inputs.encoded if isinstance(inputs, Features) else None,
+            afresh=False,
+            table_added=table_added,
+        )
+
+
+def _open(sdata: SpatialData, model: FittedModel, elements: Elements, gene_key: str | None, *, images: bool) -> Slide:
+    """The table to write into, or a new one."""
+    check_spatialdata(sdata)
+    wanted = elements.table_key
+    if wanted is not None and wanted in sdata.tables:
+        return open_slide(sdata, elements, images=images)
+    if wanted is None:
+        chosen = set(elements.chosen_spots or sdata.shapes)
+        annotating = {
+            key: table
+            for key, table in sdata.tables.items()
+            if TableModel.ATTRS_KEY in table.uns
+            and chosen.intersection(np.atleast_1d(table.uns[TableModel.ATTRS_KEY][TableModel.REGION_KEY]))
+        }
+        usable = [
+            key
+            for key, table in annotating.items()
+            if is_for_predictions(table) or (find_genes(table, model.genes, _column(table, gene_key)) >= 0).any()
+        ]
+        if len(usable) > 1:
+            raise ValueError(f"Several tables have genes of the model, {listed(usable)}. Choose one with `table_key`.")
+        if usable:
+            return open_slide(sdata, replace(elements, table_key=usable[0]), images=images)
+        wanted = "predictions" if len(sdata.tables) else "table"
+        if annotating:
+            logg.warning(
+                f"None of the tables {listed(annotating)} has a gene of the model (such as {listed(model.genes[:3])}): "
+                f"predictions go to a new table {wanted!r}. If they name genes otherwise, name a column of `var` with "
+                "`gene_key`."
             )
-    slots.check_key(table, key)
-    slots.check_overlap(table, model.genes)
-    if isinstance(model, NSL):
-        _predict_nsl(sections, table, key, model, device)
-    elif isinstance(model, M2OST):
-        _predict_m2ost(sections, table, key, model, device)
-    else:
-        if encoder is not None:
-            slots.check_features_key(table, key)
-        read = read_features(
-            sdata,
-            table,
-            sections,
-            model.params["features"],
-            encoder=encoder,
-            shapes_key=shapes_key,
-            device=device,
-        )
-        predicted = model.predict(read.values)
-        write_made(table, key, read.made)
-        write_ridge(table, key, model, predicted, read.known)
-    if new_table:
-        sdata[table_key] = table
+        elif sdata.tables:
+            logg.warning(
+                f"None of the tables {listed(sdata.tables)} says that it annotates the spots (`uns['spatialdata_attrs']`): "
+                f"predictions go to a new table {wanted!r}."
+            )
+    check_new_table(sdata, wanted, "table_key")
+    return open_without_table(sdata, elements, wanted, model.genes, images=images)
 
 
-def _predict_nsl(sections: Sequence[Section], table: AnnData, key: str, model: NSL, device: str) -> None:
-    bits, spot_scale = int(model.params["bits"]), float(model.params["spot_scale"])
-    histogram = cached_color_histogram(sections, table, bits=bits, spot_scale=spot_scale)
-    predicted = model.predict(color_fractions(histogram), histogram.od, device=device)
-    slots.write_color_histogram(table, histogram)
-    write_nsl(table, key, model, predicted, histogram.n_pixels > 0)
+def _column(table: AnnData, gene_key: str | None) -> str | None:
+    return gene_key if gene_key in table.var else None
 
 
-def _predict_m2ost(sections: Sequence[Section], table: AnnData, key: str, model: M2OST, device: str) -> None:
-    config = model.network.config
-    predicted = np.full((table.n_obs, len(model.genes)), np.nan, dtype=np.float32)
-    with extract(
-        sections, levels=config["levels"], image_size=config["image_size"], spot_scale=float(model.params["spot_scale"])
-    ) as patches:
-        predicted[patches.rows] = model.predict(patches, device=device)
-    write_m2ost(table, key, model, predicted)
+def _seen(slide: Slide, model: FittedModel, inputs: Inputs) -> np.ndarray | None:
+    """``(n_obs,)`` rows that show what a training spot showed; `None` if the model does not know what it was fitted to."""
+    if not len(model.seen):
+        return None
+    return slide.mask(inputs.rows[np.isin(inputs.fingerprints(), model.seen)])

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import numpy as np
+import pandas as pd
 import scipy.sparse as sp
 from anndata import AnnData
 from scanpy import logging as logg
 
-# Genes seen in fewer of the training spots than this are not modelled unless they are named.
+from stpredict._data.columns import read_mask
+from stpredict._data.genes import find_genes, gene_names
+from stpredict._data.matrix import read_csr, where_is
+from stpredict._data.messages import listed, user_stacklevel
+
+# Genes seen in fewer of the training spots than this are not modeled unless they are named.
 MIN_DETECTED = 0.1
+
+Genes = int | str | Sequence[str] | np.ndarray | pd.Series | pd.Index | None
+"""Names, one name, a boolean column of ``var``, ``"highly_variable"``, a mask of the genes, a number of genes, or `None`."""
 
 
 class Targets(NamedTuple):
@@ -32,52 +40,31 @@ def training_mask(table: AnnData, train_key: str | None) -> np.ndarray:
     table
         Where ``obs[train_key]`` is.
     train_key
-        A boolean column. `None` means all rows.
+        A column of truth values. `None` means all rows.
 
     Raises
     ------
     KeyError
         No such column.
     TypeError
-        The column is not boolean, or has missing values.
+        The column holds something else, or has missing values.
     ValueError
         No row is marked.
     """
     if train_key is None:
         return np.ones(table.n_obs, dtype=bool)
-    mask = row_mask(table, train_key, "True for spots to fit on and False for held-out ones")
+    mask = read_mask(table.obs, train_key, where="obs", expected="True for spots to fit on and False for held-out ones")
     if not mask.any():
         raise ValueError(f"`obs[{train_key!r}]` is False for all {table.n_obs} spots, so there is nothing to fit on.")
     return mask
-
-
-def row_mask(table: AnnData, key: str, expected: str) -> np.ndarray:
-    """``(n_obs,)`` a boolean column of ``obs``; ``expected`` says in errors what its values mean.
-
-    Raises
-    ------
-    KeyError
-        No such column.
-    TypeError
-        The column is not boolean, or has missing values.
-    """
-    if key not in table.obs:
-        boolean = [name for name in table.obs if str(table.obs[name].dtype) in ("bool", "boolean")]
-        raise KeyError(f"No column {key!r} in `obs`; its boolean columns are {boolean}.")
-    column = table.obs[key]
-    if str(column.dtype) not in ("bool", "boolean") or column.isna().any():
-        raise TypeError(
-            f"`obs[{key!r}]` has dtype {column.dtype}{' and missing values' if column.isna().any() else ''}; "
-            f"expected {expected}."
-        )
-    return column.to_numpy(dtype=bool)
 
 
 def read_targets(
     table: AnnData,
     rows: np.ndarray,
     *,
-    genes: int | str | Sequence[str] | None,
+    genes: Genes,
+    gene_key: str | None,
     layer: str | None,
     min_spots: int,
 ) -> Targets:
@@ -91,6 +78,8 @@ def read_targets(
         Positions of the training rows.
     genes
         As for :func:`select_genes`.
+    gene_key
+        Column of ``var`` that names genes. `None` means ``var_names``.
     layer
         Key in ``layers``. `None` means ``X``.
     min_spots
@@ -103,62 +92,65 @@ def read_targets(
     ValueError
         Too few rows, values that are not finite, constant genes, or no gene at all.
     """
-    if len(rows) < min_spots:
-        raise ValueError(f"There are {len(rows)} training spots with pixels and a row; the model needs {min_spots}.")
-    if layer is not None and layer not in table.layers:
-        raise KeyError(f"No layer {layer!r} in the table; it has {list(table.layers)}.")
-    matrix = table.X if layer is None else table.layers[layer]
-    if matrix is None:
-        raise ValueError(f"The table has no `X`. Say which of the layers {list(table.layers)} to fit with `layer`.")
-    matrix = sp.csr_matrix(matrix[rows])
-    where = "`X`" if layer is None else f"`layers[{layer!r}]`"
-
-    named = not (
-        genes is None or isinstance(genes, int | np.integer) or (isinstance(genes, str) and genes in table.var)
-    )
-    columns = select_genes(table, matrix, genes)
+    check_enough(len(rows), min_spots)
+    matrix = read_csr(table, layer)[rows]
+    names = gene_names(table, gene_key)
+    columns = select_genes(table, matrix, genes, gene_key)
     values = matrix[:, columns].toarray().astype(np.float32)
-    names = table.var_names[columns]
-
-    if not (finite := np.isfinite(values).all(axis=0)).all():
-        raise ValueError(
-            f"{where} has NaN or infinite values on training spots in {(~finite).sum()} gene(s), such as "
-            f"{list(names[~finite][:5])}. Normalise the counts anew, or leave these genes out."
-        )
+    _check_finite(values, names[columns], table.obs_names[rows], where_is(layer))
     constant = np.ptp(values, axis=0) == 0
-    if constant.any() and named:
+    if constant.any() and _are_named(table, genes):
         raise ValueError(
             f"{constant.sum()} gene(s) have the same value on all training spots, such as "
-            f"{list(names[constant][:5])}: there is nothing to learn. Leave them out."
+            f"{listed(names[columns[constant]][:5])}: there is nothing to learn. Leave them out."
         )
     if constant.any():
         logg.info(f"Leaving out {constant.sum()} genes that are constant on the training spots.")
-        values, names = values[:, ~constant], names[~constant]
-    if not len(names):
+        values, columns = values[:, ~constant], columns[~constant]
+    if not len(columns):
         raise ValueError("No gene is left to fit; name some with `genes`.")
     if np.array_equal(values, np.rint(values)) and values.min() >= 0:
         warnings.warn(
-            f"{where} looks like counts. Models expect log-normalised expression: keep the counts with "
+            f"{where_is(layer)} looks like counts. Models expect log-normalised expression: keep the counts with "
             "`adata.layers['counts'] = adata.X.copy()`, then call `sc.pp.normalize_total(adata, target_sum=1e4)` and "
             "`sc.pp.log1p(adata)`.",
             UserWarning,
-            stacklevel=4,  # the caller of the fit function
+            stacklevel=user_stacklevel(),
         )
-    return Targets(list(names), rows, values)
+    return Targets(list(names[columns]), rows, values)
 
 
-def fitted_to(table: AnnData, layer: str | None, train_key: str | None) -> dict[str, Any]:
-    """What a model was fitted to and made with, to be kept with it."""
-    return {
-        "layer": "X" if layer is None else layer,
-        "transform": "log1p" if layer is None and "log1p" in table.uns else "unknown",
-        "train_key": "" if train_key is None else train_key,
-        "stpredict_version": version("stpredict-histology"),
-        "torch_version": version("torch"),
-    }
+def check_enough(n_rows: int, min_spots: int) -> None:
+    """Refuse fewer training spots than a model needs."""
+    if n_rows < min_spots:
+        raise ValueError(f"There are {n_rows} training spots with pixels and a row; the model needs {min_spots}.")
 
 
-def select_genes(table: AnnData, matrix: sp.csr_matrix, genes: int | str | Sequence[str] | None) -> np.ndarray:
+def _check_finite(values: np.ndarray, genes: pd.Index, spots: pd.Index, where: str) -> None:
+    """Blame missing values on the spots or on the genes, whichever are fewer."""
+    bad = ~np.isfinite(values)
+    if not bad.any():
+        return
+    bad_spots, bad_genes = bad.any(axis=1), bad.any(axis=0)
+    if bad_spots.sum() <= bad_genes.sum():
+        raise ValueError(
+            f"{where} has NaN or infinite values in {bad_spots.sum()} training spot(s), such as {listed(spots[bad_spots][:5])}, "
+            "as spots without counts have after normalisation. Leave them out (`sc.pp.filter_cells`, or `train_key`)."
+        )
+    raise ValueError(
+        f"{where} has NaN or infinite values on training spots in {bad_genes.sum()} gene(s), such as "
+        f"{listed(genes[bad_genes][:5])}. Normalise the counts anew, or leave these genes out."
+    )
+
+
+def _are_named(table: AnnData, genes: Genes) -> bool:
+    """Whether genes are asked for one by one, so that none may be left out."""
+    if genes is None or isinstance(genes, int | np.integer) or _as_mask(table, genes) is not None:
+        return False
+    return not (isinstance(genes, str) and (genes in table.var or genes == "highly_variable"))
+
+
+def select_genes(table: AnnData, matrix: sp.csr_matrix, genes: Genes, gene_key: str | None = None) -> np.ndarray:
     """Columns of genes, chosen by their expression on training rows.
 
     Parameters
@@ -169,8 +161,10 @@ def select_genes(table: AnnData, matrix: sp.csr_matrix, genes: int | str | Seque
         ``(n, n_vars)`` expression of the training rows.
     genes
         Names, one name, a boolean column of ``var``, ``"highly_variable"`` (found on the training rows when ``var`` has
-        no such column), a number, of the genes of highest mean on the training rows, or `None` for all genes detected in
-        at least 10 % of them.
+        no such column), a mask of all genes, a number, of the genes of highest mean on the training rows, or `None` for
+        all genes detected in at least 10 % of them.
+    gene_key
+        Column of ``var`` that names genes. `None` means ``var_names``.
 
     Raises
     ------
@@ -186,24 +180,56 @@ def select_genes(table: AnnData, matrix: sp.csr_matrix, genes: int | str | Seque
         if isinstance(genes, bool) or genes < 1:
             raise ValueError(f"`genes` is {genes!r}; expected a positive number of genes.")
         return np.sort(np.argsort(-np.asarray(matrix.mean(axis=0)).ravel(), kind="stable")[:genes])
+    if (mask := _as_mask(table, genes)) is not None:
+        return np.flatnonzero(mask)
     if isinstance(genes, str) and genes in table.var:
-        column = table.var[genes]
-        if str(column.dtype) not in ("bool", "boolean"):
-            raise TypeError(f"`var[{genes!r}]` has dtype {column.dtype}; expected a boolean column that selects genes.")
-        return np.flatnonzero(column.fillna(False).to_numpy(dtype=bool))
+        return np.flatnonzero(_var_mask(table, genes))
     if isinstance(genes, str) and genes == "highly_variable":
         return _highly_variable(matrix, table)
-    wanted = [genes] if isinstance(genes, str) else list(genes)
+    try:
+        wanted = [genes] if isinstance(genes, str) else [str(gene) for gene in genes]
+    except TypeError as error:
+        raise TypeError(
+            f"`genes` is {genes!r}; expected names, a boolean column of `var`, a mask, a whole number or None."
+        ) from error
     if len(set(wanted)) < len(wanted):
         raise ValueError(f"`genes` names {sorted({g for g in wanted if wanted.count(g) > 1})[:5]} more than once.")
-    columns = table.var_names.get_indexer(wanted)
+    columns = find_genes(table, wanted, gene_key)
     if (columns < 0).any():
         unknown = [gene for gene, column in zip(wanted, columns, strict=True) if column < 0]
         raise KeyError(
             f"{len(unknown)} of `genes` are not in `var_names`, such as {unknown[:5]}; the table has genes such as "
-            f"{list(table.var_names[:5])}."
+            f"{list(gene_names(table, gene_key)[:5])}."
         )
     return columns
+
+
+def _var_mask(table: AnnData, key: str) -> np.ndarray:
+    """A column of ``var``; genes that it says nothing of, as after a join of tables, are not chosen."""
+    frame = table.var
+    if frame[key].isna().any() and not frame[key].isna().all():
+        frame = pd.DataFrame({key: frame[key].astype(object).where(frame[key].notna(), False)})
+    return read_mask(frame, key, where="var", expected="a boolean column that selects genes")
+
+
+def _as_mask(table: AnnData, genes: Any) -> np.ndarray | None:
+    """A mask of all genes, if that is what was given."""
+    if isinstance(genes, pd.Series) and pd.api.types.is_bool_dtype(genes.dtype):
+        if genes.index.equals(table.var_names) or not genes.index.isin(table.var_names).all():
+            values = genes.to_numpy(dtype=bool)
+        else:
+            return genes.reindex(table.var_names, fill_value=False).to_numpy(dtype=bool)
+    elif isinstance(genes, np.ndarray) and genes.dtype == bool or isinstance(genes, list) and _all_bool(genes):
+        values = np.asarray(genes)
+    else:
+        return None
+    if values.shape != (table.n_vars,):
+        raise ValueError(f"`genes` is a mask of the shape {values.shape}; the table has {table.n_vars} genes.")
+    return values
+
+
+def _all_bool(values: list[Any]) -> bool:
+    return bool(values) and all(isinstance(value, bool | np.bool_) for value in values)
 
 
 def _highly_variable(matrix: sp.csr_matrix, table: AnnData) -> np.ndarray:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pandas as pd
@@ -12,14 +13,14 @@ import scipy.sparse as sp
 from numba import get_num_threads
 from tqdm.auto import tqdm
 
-from stpredict._data.slots import Halves
 from stpredict.tl.evaluation.numbers._bootstrap import bootstrap_interval
+from stpredict.tl.evaluation.numbers._ceiling import Halves, ceiling, mean_halves
+from stpredict.tl.evaluation.numbers._labels import MEAN, POOLED
 from stpredict.tl.evaluation.numbers._metrics import gene_metrics, mean_of_known, neighbor_graph, spot_metrics
 from stpredict.tl.evaluation.numbers._null import permutation_p_values
-from stpredict.tl.evaluation.runs._noise_ceiling import ceiling, mean_halves
-from stpredict.tl.evaluation.runs._parts import MEAN, Matrix, Part, by_gene, by_spot, slices
+from stpredict.tl.evaluation.numbers._parts import Matrix, Part, by_gene, by_spot, slices
+from stpredict.tl.evaluation.numbers._sides import Measured, Span
 
-POOLED = "pooled"
 METRICS = (
     "n",
     "pcc",
@@ -93,7 +94,7 @@ class Scores:
 
 def score_predictions(
     measured: Matrix,
-    predicted: Matrix,
+    predictions: Mapping[str, Matrix],
     *,
     genes: Sequence[str],
     columns: np.ndarray,
@@ -103,13 +104,17 @@ def score_predictions(
     n_perms: int,
     n_bootstrap: int,
     random_state: int,
-) -> Scores:
-    """Score predictions against what was measured.
+) -> dict[str, Scores]:
+    """Score predictions of models against what was measured.
+
+    Models are scored beside each other, so that what does not depend on them is read, sorted and drawn once.
 
     Parameters
     ----------
-    measured, predicted
-        ``(n_obs, n_vars)``, dense or sparse; a pair with a NaN on either side does not count.
+    measured
+        ``(n_obs, n_vars)``, dense or sparse, in any unit; a pair with a NaN on either side does not count.
+    predictions
+        By model, as ``measured``.
     genes, columns
         ``G`` names and their columns.
     spots
@@ -121,72 +126,85 @@ def score_predictions(
     n_perms, n_bootstrap
         0 leaves p-values or intervals out.
     random_state
-        Seed.
+        Seed; each model's scores are those that it would have alone.
 
     Returns
     -------
-    The scores.
+    The scores by model.
     """
-    rng = np.random.default_rng(random_state)
-    with tqdm(total=len(columns) * (len(parts) + (len(parts) > 1)), desc="Scores", delay=2, leave=False) as bar:
-        each = [_score_genes(measured, predicted, columns, [part], bar) for part in parts]
-        pooled = _score_genes(measured, predicted, columns, parts, bar) if len(parts) > 1 else dict(each[0])
-    by_part = {name: np.stack([scores[name] for scores in each]) for name in METRICS}
-    mean = {name: mean_of_known(values) for name, values in by_part.items()}
-    mean["n"] = by_part["n"].sum(axis=0)
-    if halves is not None:
-        for scores, found in ((by_part, ceiling(halves)), (mean, ceiling(mean_halves(halves)))):
-            scores["ceiling"] = found.value
-            scores["pcc_of_ceiling"] = scores["pcc"] / np.where(found.determined, found.value, np.nan)
-    mean["pcc_low"], mean["pcc_high"] = bootstrap_interval(
-        by_part["pcc"], [part.group for part in parts], n_bootstrap=n_bootstrap, rng=rng
-    )
-    if n_perms:
-        mean["pvals"] = permutation_p_values(measured, predicted, columns, parts, n_perms=n_perms, rng=rng)
-        mean["pvals_adj"] = _q_values(mean["pvals"])
-    return Scores(
-        genes=np.asarray(genes, dtype=object),
-        spots=np.asarray(spots, dtype=object)[np.concatenate([part.rows for part in parts])],
-        parts=parts,
-        by_part=by_part,
-        mean=mean,
-        pooled=pooled,
-        of_spots=_score_spots(measured, predicted, columns, np.concatenate([part.rows for part in parts])),
-    )
+    rows = np.concatenate([part.rows for part in parts])
+    of_genes = _score_genes(measured, predictions, columns, parts, rows)
+    of_spots = _score_spots(measured, predictions, columns, rows)
+    names = np.asarray(genes, dtype=object), np.asarray(spots, dtype=object)[rows]
+    scores = {}
+    for model, found in of_genes.items():
+        by_part = {name: values[: len(parts)] for name, values in found.items()}
+        mean = {name: mean_of_known(values) for name, values in by_part.items()}
+        mean["n"] = by_part["n"].sum(axis=0)
+        if halves is not None:
+            for of_some, highest in ((by_part, ceiling(halves)), (mean, ceiling(mean_halves(halves)))):
+                of_some["ceiling"] = highest.value
+                of_some["pcc_of_ceiling"] = of_some["pcc"] / np.where(highest.determined, highest.value, np.nan)
+        rng = np.random.default_rng(random_state)
+        mean["pcc_low"], mean["pcc_high"] = bootstrap_interval(
+            by_part["pcc"], [part.group for part in parts], n_bootstrap=n_bootstrap, rng=rng
+        )
+        pooled = {name: values[-1] for name, values in found.items()}
+        scores[model] = Scores(*names, parts, by_part, mean, pooled, of_spots[model])
+    if n_perms and scores:
+        p_values = permutation_p_values(measured, predictions, columns, parts, n_perms=n_perms, rng=rng)
+        for model, values in p_values.items():
+            scores[model].mean["pvals"] = values
+            scores[model].mean["pvals_adj"] = _q_values(values)
+    return scores
 
 
 def _score_genes(
-    measured: Matrix,
-    predicted: Matrix,
-    columns: np.ndarray,
-    parts: Sequence[Part],
-    bar: tqdm,
-) -> dict[str, np.ndarray]:
-    """Across the spots of all the parts."""
-    rows = np.concatenate([part.rows for part in parts])
-    graph = sp.csr_matrix(sp.block_diag([neighbor_graph(part.xy) for part in parts]))
-    x, y = by_gene(measured, rows, columns), by_gene(predicted, rows, columns)
-    scores = {name: np.empty(len(columns), dtype=np.int64 if name == "n" else np.float64) for name in METRICS}
+    measured: Matrix, predictions: Mapping[str, Matrix], columns: np.ndarray, parts: Sequence[Part], rows: np.ndarray
+) -> dict[str, dict[str, np.ndarray]]:
+    """By model, ``(S, G)`` in each part, and one row more for all of them together where there are several."""
+    graphs = [neighbor_graph(part.xy) for part in parts]
+    ends = np.cumsum([0, *(len(part.rows) for part in parts)])
+    spans = [Span(slice(a, b), graph) for (a, b), graph in zip(pairwise(ends), graphs, strict=True)]
+    if len(parts) > 1:
+        spans.append(Span(slice(None), sp.csr_matrix(sp.block_diag(graphs))))
+    x = by_gene(measured, rows, columns)
+    readers = {model: by_gene(predicted, rows, columns) for model, predicted in predictions.items()}
+    scores = {model: _empty(METRICS, (len(spans), len(columns))) for model in predictions}
 
     def run(genes: slice) -> None:
-        for name, values in gene_metrics(x(genes), y(genes), graph).items():
-            scores[name][genes] = values
-        bar.update(genes.stop - genes.start)
+        of_genes = Measured(x(genes), spans)
+        for model, y in readers.items():
+            for i, sides in enumerate(of_genes.beside(y(genes))):
+                for name, values in gene_metrics(*sides).items():
+                    scores[model][name][i, genes] = values
+            bar.update(genes.stop - genes.start)
 
-    _run_in_threads(run, slices(len(columns), len(rows)))
+    with tqdm(total=len(columns) * len(predictions), desc="Scores", delay=2, leave=False) as bar:
+        _run_in_threads(run, slices(len(columns), len(rows)))
     return scores
 
 
-def _score_spots(measured: Matrix, predicted: Matrix, columns: np.ndarray, rows: np.ndarray) -> dict[str, np.ndarray]:
-    x, y = by_spot(measured, rows, columns), by_spot(predicted, rows, columns)
-    scores = {name: np.empty(len(rows), dtype=np.int64 if name == "n" else np.float64) for name in OF_SPOTS}
+def _score_spots(
+    measured: Matrix, predictions: Mapping[str, Matrix], columns: np.ndarray, rows: np.ndarray
+) -> dict[str, dict[str, np.ndarray]]:
+    x = by_spot(measured, rows, columns)
+    readers = {model: by_spot(predicted, rows, columns) for model, predicted in predictions.items()}
+    scores = {model: _empty(OF_SPOTS, (len(rows),)) for model in predictions}
 
     def run(spots: slice) -> None:
-        for name, values in spot_metrics(x(spots), y(spots)).items():
-            scores[name][spots] = values
+        of_spots = Measured(x(spots))
+        for model, y in readers.items():
+            (sides,) = of_spots.beside(y(spots))
+            for name, values in spot_metrics(*sides).items():
+                scores[model][name][spots] = values
 
     _run_in_threads(run, slices(len(rows), len(columns)))
     return scores
+
+
+def _empty(names: Sequence[str], shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    return {name: np.empty(shape, dtype=np.int64 if name == "n" else np.float64) for name in names}
 
 
 def _run_in_threads(run: Callable[[slice], None], chunks: list[slice]) -> None:

@@ -1,60 +1,84 @@
-"""Work that goes on after a kill: a folder belongs to one set of settings."""
+"""Folds that are kept in a folder, each under the identity of all that it was made of."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import platform
+import tempfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from psutil import pid_exists
+from scanpy import logging as logg
 
+from stpredict._data.identity import digest
 
-def check_settings(checkpoint_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Refuse to go on from a checkpoint of a run with other settings; note them down for the next one."""
-    file = checkpoint_dir / "settings.json"
-    text = json.dumps(settings, indent=1, sort_keys=True)
-    if file.is_file():
-        before = json.loads(file.read_text())
-        now = json.loads(text)
-        if changed := sorted(name for name in {*before, *now} if before.get(name) != now.get(name)):
-            raise ValueError(
-                f"{str(checkpoint_dir)!r} holds a run with other settings ({', '.join(changed)} differ); choose another "
-                "`checkpoint_dir`, or delete it to begin anew."
-            )
-    checkpoint_dir.mkdir(parents=True, exist_ok=True)
-    file.write_text(text)
+# As long as any file system takes, with something to spare.
+_MAX_NAME = 100
 
 
 class KeptFolds:
     """Predictions of folds that are done, in a folder for each model; without a folder, nothing is kept."""
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
-        self._folder = None if folder is None else Path(folder)
-
-    def check(self, model: str, settings: Mapping[str, Any]) -> None:
-        """Refuse folds that were made with other settings."""
+        self._folder = None if folder is None else Path(folder).expanduser()
         if self._folder is not None:
-            check_settings(self._folder / model, settings)
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._remove_leftovers()
 
-    def read(self, model: str, fold: int) -> np.ndarray | None:
-        """Predictions of a fold, if it is done."""
-        if self._folder is None or not (file := self._file(self._folder, model, fold)).is_file():
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a folder."""
+        return self._folder is not None
+
+    def read(self, model: str, made_of: str | None, shape: tuple[int, int]) -> np.ndarray | None:
+        """Predictions of a fold, if it is done and whole."""
+        if self._folder is None or made_of is None or not (file := self._file(model, made_of)).is_file():
             return None
-        return np.asarray(np.load(file, allow_pickle=False))
+        try:
+            with np.load(file, allow_pickle=False) as kept:
+                predicted, noted = kept["predicted"], json.loads(str(kept["noted"]))
+        except Exception as error:  # noqa: BLE001 (a single bit can make zipfile raise almost anything)
+            logg.warning(f"The fold in {str(file)!r} is damaged ({error}): fitting it anew.")
+            return None
+        if noted != {"made_of": made_of, "checksum": digest(predicted)} or predicted.shape != shape:
+            logg.warning(f"The fold in {str(file)!r} is not what was written there: fitting it anew.")
+            return None
+        return np.asarray(predicted)
 
-    def write(self, model: str, fold: int, predicted: np.ndarray) -> None:
-        """Keep the predictions of a fold."""
-        if self._folder is None:
+    def write(self, model: str, made_of: str | None, predicted: np.ndarray) -> None:
+        """Keep the predictions of a fold: moved into place when complete, so that a kill leaves a whole file or none."""
+        if self._folder is None or made_of is None:
             return
-        file = self._file(self._folder, model, fold)
-        # Moved into place when complete: a kill leaves a whole file or none.
-        unfinished = file.with_suffix(".unfinished")
-        with unfinished.open("wb") as stream:
-            np.save(stream, predicted, allow_pickle=False)
-        unfinished.replace(file)
+        file = self._file(model, made_of)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        noted = json.dumps({"made_of": made_of, "checksum": digest(predicted)})
+        handle, unfinished = tempfile.mkstemp(prefix=f"{_unfinished_here()}{os.getpid()}-", dir=file.parent)
+        try:
+            with os.fdopen(handle, "wb") as stream:
+                np.savez(stream, predicted=predicted, noted=np.array(noted))
+                stream.flush()
+                os.fsync(stream.fileno())
+            os.replace(unfinished, file)
+        except BaseException:
+            Path(unfinished).unlink(missing_ok=True)
+            raise
 
-    @staticmethod
-    def _file(folder: Path, model: str, fold: int) -> Path:
-        return folder / model / f"fold-{fold}.npy"
+    def _remove_leftovers(self) -> None:
+        """Remove what killed runs on this computer have left: files that carry the number of a process that is gone."""
+        assert self._folder is not None
+        for path in self._folder.glob(f"*/{_unfinished_here()}*"):
+            number = path.name.rsplit("-", 2)[-2]
+            if number.isdigit() and not pid_exists(int(number)):
+                path.unlink(missing_ok=True)
+
+    def _file(self, model: str, made_of: str) -> Path:
+        assert self._folder is not None
+        name = "".join(c if c.isalnum() or c in "_-" else "_" for c in model)[:_MAX_NAME]
+        return self._folder / (name or "_") / f"fold-{made_of[:16]}.npz"
+
+
+def _unfinished_here() -> str:
+    """How names of unfinished files of this computer begin."""
+    return f".unfinished-{''.join(c for c in platform.node() if c.isalnum())}-"

@@ -7,11 +7,13 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
-from anndata import AnnData
 from scanpy import logging as logg
 from scipy.spatial import cKDTree
 
-from stpredict._data.slide import Spots, section_name
+from stpredict._data.columns import read_labels
+from stpredict._data.messages import user_stacklevel
+from stpredict._data.slide import Slide
+from stpredict._data.spots import Spots
 
 Split = Literal["groups", "blocks", "random"]
 
@@ -30,8 +32,7 @@ class Fold(NamedTuple):
 
 
 def make_folds(
-    table: AnnData,
-    sections: Sequence[Spots],
+    slide: Slide,
     *,
     split: Split | None,
     group_key: str | None,
@@ -39,7 +40,7 @@ def make_folds(
     margin: float,
     random_state: int,
 ) -> tuple[str, list[Fold]]:
-    """Cut the rows of sections into folds; see :func:`stpredict.tl.cross_validate` for the parameters.
+    """Cut the rows of a slide that lie in tissue into folds; see :func:`stpredict.tl.cross_validate` for the parameters.
 
     Returns
     -------
@@ -59,53 +60,47 @@ def make_folds(
         raise ValueError(f"`margin` is {margin!r}; expected a number of spot diameters, at least 0.")
     if group_key is not None and split in ("blocks", "random"):
         raise ValueError(f"`group_key` is for whole groups, but `split` is {split!r}; leave one of them out.")
-    rows = np.concatenate([section.rows for section in sections])
+    in_tissue = slide.in_tissue
+    rows = slide.rows[in_tissue[slide.rows]]
     if split in (None, "groups"):
-        kind, labels = _groups(table, sections, rows, group_key)
-        if split == "groups" or group_key is not None or len(np.unique(labels[rows])) > 1:
+        kind, labels = _groups(slide, rows, group_key)
+        if split == "groups" or group_key is not None or len(set(labels[rows])) > 1:
             folds = _group_folds(kind, labels, rows, n_folds, random_state)
             how = f"{kind}s left out in turn" if n_folds is None else f"{n_folds} folds of whole {kind}s"
             _check(folds, margin)
-            _warn_of_shared_patients(table, folds)
+            _warn_of_shared_patients(slide.patient_of, folds)
             return how, folds
         split = "blocks"
     n_folds = n_folds or _N_FOLDS
     if split == "blocks":
-        folds = _block_folds(sections, table.n_obs, n_folds, margin)
+        folds = _block_folds(slide.spots, in_tissue, n_folds, margin)
         how = f"{n_folds} blocks of tissue, {margin:g} spot diameters apart"
     else:
         logg.warning(
-            "Random spots leak: a held-out spot has neighbours in training that share its pixels and its tissue. Read "
+            "Random spots leak: a held-out spot has neighbors in training that share its pixels and its tissue. Read "
             "these scores as a demonstration of that; `split='blocks'` is the honest way within a section."
         )
-        folds = _random_folds(rows, table.n_obs, n_folds, random_state)
+        folds = _random_folds(rows, slide.n_obs, n_folds, random_state)
         how = f"{n_folds} random parts of the spots"
     _check(folds, margin)
     return how, folds
 
 
-def _groups(
-    table: AnnData, sections: Sequence[Spots], rows: np.ndarray, group_key: str | None
-) -> tuple[str, np.ndarray]:
-    """The label of each row; by default patients where there are several, else sections."""
-    if group_key is None:
-        if "patient" in table.obs and table.obs["patient"].iloc[rows].nunique() > 1:
-            group_key = "patient"
-        else:
-            labels = np.full(table.n_obs, "", dtype=object)
-            for section in sections:
-                labels[section.rows] = section_name(section, table)
-            return "section", labels
-    if group_key not in table.obs:
-        raise KeyError(f"No column {group_key!r} in `obs`; it has {list(table.obs)}.")
-    column = table.obs[group_key]
-    if column.iloc[rows].isna().any():
-        raise ValueError(f"`obs[{group_key!r}]` has missing values; every spot needs a group.")
-    return group_key, column.astype(str).to_numpy(dtype=object)
+def _groups(slide: Slide, rows: np.ndarray, group_key: str | None) -> tuple[str, np.ndarray]:
+    """The label of each row; by default patients where several are known, else sections."""
+    if group_key is not None:
+        return group_key, read_labels(slide.table.obs, group_key, rows, "group_key")
+    patients = slide.patient_of
+    if patients is not None and len(set(patients[rows])) > 1:
+        return "patient", patients
+    return "section", slide.section_of
 
 
 def _group_folds(kind: str, labels: np.ndarray, rows: np.ndarray, n_folds: int | None, random_state: int) -> list[Fold]:
-    names, sizes = np.unique(labels[rows].astype(str), return_counts=True)
+    from sklearn.model_selection import GroupKFold
+
+    of_rows = labels[rows].astype(str)
+    names, codes, sizes = np.unique(of_rows, return_inverse=True, return_counts=True)
     if len(names) < 2:
         raise ValueError(
             f"All spots are of one group, {kind} {str(names[0])!r}: leaving it out leaves nothing to fit on. Use another "
@@ -118,37 +113,35 @@ def _group_folds(kind: str, labels: np.ndarray, rows: np.ndarray, n_folds: int |
         )
     if n_folds is not None and n_folds > len(names):
         raise ValueError(f"`n_folds` is {n_folds}, but there are {len(names)} groups in {kind!r}.")
-    of_fold = [[name] for name in names]
-    if n_folds is not None:  # the largest groups first, each into the fold that has the fewest spots
-        order = np.random.default_rng(random_state).permutation(len(names))
-        of_fold, n_spots = [[] for _ in range(n_folds)], np.zeros(n_folds, dtype=np.int64)
-        for i in order[np.argsort(-sizes[order], kind="stable")]:
-            fold = int(np.argmin(n_spots))
-            of_fold[fold].append(names[i])
-            n_spots[fold] += sizes[i]
-    among = np.zeros(len(labels), dtype=bool)
-    among[rows] = True
+    # The largest groups first, each into the fold that has the fewest spots; groups of one size in random order.
+    rank = np.argsort(np.random.default_rng(random_state).permutation(len(names))[::-1])
     folds = []
-    for members in of_fold:
-        test = among & np.isin(labels.astype(str), members)
-        folds.append(Fold(", ".join(sorted(members)), among & ~test, test))
-    return folds
+    for train, test in GroupKFold(n_folds or len(names)).split(rows, groups=rank[codes]):
+        masks = [np.zeros(len(labels), dtype=bool) for _ in range(2)]
+        masks[0][rows[train]], masks[1][rows[test]] = True, True
+        folds.append(Fold(", ".join(np.unique(of_rows[test])), *masks))
+    return sorted(folds, key=lambda fold: fold.name)
 
 
-def _block_folds(sections: Sequence[Spots], n_obs: int, n_folds: int, margin: float) -> list[Fold]:
+def _block_folds(spots: Sequence[Spots], in_tissue: np.ndarray, n_folds: int, margin: float) -> list[Fold]:
     """Strips across the longer side of every section: no other cut has fewer borders, and each border costs a margin."""
+    n_obs = len(in_tissue)
     folds = [Fold(f"block {k + 1}", np.zeros(n_obs, bool), np.zeros(n_obs, bool)) for k in range(n_folds)]
-    for section in sections:
-        along = section.xy[:, np.argmax(np.ptp(section.xy, axis=0))]
+    for section in spots:
+        inside = in_tissue[section.rows]
+        xy, rows = section.xy[inside], section.rows[inside]
+        if not len(rows):
+            continue
+        along = xy[:, np.argmax(np.ptp(xy, axis=0))]
         reach = margin * 2 * float(np.median(section.radii))
         for fold, strip in zip(folds, np.array_split(np.argsort(along, kind="stable"), n_folds), strict=True):
-            fold.test[section.rows[strip]] = True
-            away = np.ones(len(section.rows), dtype=bool)
+            fold.test[rows[strip]] = True
+            away = np.ones(len(rows), dtype=bool)
             away[strip] = False
             if reach > 0 and len(strip):
                 # Along x or y, whichever is more: the squares that M2OST sees have corners.
-                away &= cKDTree(section.xy[strip]).query(section.xy, p=np.inf)[0] >= reach
-            fold.train[section.rows[away]] = True
+                away &= cKDTree(xy[strip]).query(xy, p=np.inf)[0] >= reach
+            fold.train[rows[away]] = True
     return folds
 
 
@@ -176,17 +169,16 @@ def _check(folds: Sequence[Fold], margin: float) -> None:
             )
 
 
-def _warn_of_shared_patients(table: AnnData, folds: Sequence[Fold]) -> None:
-    if "patient" not in table.obs:
+def _warn_of_shared_patients(patient: np.ndarray | None, folds: Sequence[Fold]) -> None:
+    if patient is None:
         return
-    patient = table.obs["patient"].astype(str).to_numpy()
     for fold in folds:
         if both := sorted(set(patient[fold.train]) & set(patient[fold.test])):
             warnings.warn(
                 f"The same patient is on both sides: holding out {fold.name!r} leaves other spots of patient "
                 f"{', '.join(both[:3])} to fit on. The scores tell about more tissue of known patients, not about new "
-                "patients; use `group_key='patient'` when there are several.",
+                "patients; hold out whole patients when there are several.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=user_stacklevel(),
             )
             return

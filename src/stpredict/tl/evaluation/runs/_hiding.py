@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 import scipy.sparse as sp
@@ -11,13 +11,12 @@ from anndata import AnnData
 from scanpy import logging as logg
 from spatialdata import SpatialData
 
-from stpredict._data.provenance import model_params
+from stpredict._data.slide import Slide
+from stpredict._data.slots import written_under
 from stpredict.tl.evaluation.runs._folds import Fold
 from stpredict.tl.evaluation.runs._protocols import Protocol
-from stpredict.tl.fitting._targets import select_genes
+from stpredict.tl.fitting._targets import Genes, select_genes
 
-# The column that tells a model its training spots.
-TRAIN_KEY = "cv_train"
 # Highly variable genes whose scores are also given apart, as the field does.
 _N_VARIABLE = 50
 
@@ -51,7 +50,7 @@ def fold_data(
     expression: sp.csr_matrix,
     counts: sp.csr_matrix | None,
     fold: Fold,
-    genes: int | str | Sequence[str] | None,
+    genes: Genes,
     protocol: Protocol,
 ) -> FoldData:
     """Choose the genes of a fold on its training spots, and hide the targets of all others.
@@ -79,11 +78,11 @@ def fold_data(
     else:
         columns = select_genes(table, training, protocol.n_genes if genes is None else genes)
     if counts is None:
-        target = expression
+        target, on_training = expression, training[:, columns]
     else:
         panel = sp.csr_matrix(protocol.targets(counts, columns))
         target = sp.csr_matrix((panel.data, columns[panel.indices], panel.indptr), shape=expression.shape)
-    on_training = target[rows][:, columns]
+        on_training = target[rows][:, columns]
     varies = np.asarray(on_training.max(axis=0).toarray() > on_training.min(axis=0).toarray()).ravel()
     if not varies.all():
         logg.info(f"Leaving out {(~varies).sum()} genes that are constant on the training spots of fold {fold.name!r}.")
@@ -98,31 +97,55 @@ def fold_data(
     return FoldData(fold, columns, variable, _hide(target, ~fold.train, columns), measured)
 
 
-def bare_copy(sdata: SpatialData, table_key: str) -> SpatialData:
-    """The same elements beside a table without expression, predictions, or a choice of genes made on all spots."""
-    table = sdata[table_key]
-    models = [key for key in table.uns if "model" in model_params(table, key)]
+def bare_copy(slide: Slide) -> SpatialData:
+    """The same elements beside a table without expression, results of models, or a choice of genes made on all spots."""
+    table = slide.table
+    results = [key for key, entry in table.uns.items() if isinstance(entry, Mapping) and "reads" not in entry]
+    written = [written_under(table, key) for key in results]
+    gone: dict[str, set[str]] = {
+        place: set().union(*(names[place] for names in written)) for place in ("obs", "var", "uns")
+    }
     bare = AnnData(
-        obs=table.obs.copy(),
-        var=table.var.drop(columns=["highly_variable", *(f"{key}_fitted" for key in models)], errors="ignore"),
-        uns={key: entry for key, entry in table.uns.items() if key not in models},
+        obs=table.obs.drop(columns=list(gone["obs"])),
+        var=table.var.drop(columns=["highly_variable", *gone["var"]], errors="ignore"),
+        uns={key: entry for key, entry in table.uns.items() if key not in gone["uns"]},
         obsm=dict(table.obsm),
     )
-    return with_table(sdata, table_key, bare)
+    return with_table(slide, bare)
 
 
-def visible_copy(bare: SpatialData, table_key: str, data: FoldData) -> SpatialData:
-    """What a model gets: targets in ``X``, and in ``obs`` which spots it may fit."""
+def free_key(table: AnnData) -> str:
+    """A key for a model's predictions in a copy of a table, where all names that begin with it are free."""
+    taken = [str(name).casefold() for place in (table.obs, table.var, table.uns, table.obsm) for name in place]
+    key = "cv"
+    while any(name.startswith(key) for name in taken):
+        key += "_"
+    return key
+
+
+def visible_copy(bare: SpatialData, table_key: str, data: FoldData, train_key: str) -> SpatialData:
+    """What a model gets: targets in ``X``, and in ``obs[train_key]`` which spots it may fit."""
     table = bare[table_key].copy()
     table.X = data.visible
-    table.obs[TRAIN_KEY] = data.fold.train
-    return with_table(bare, table_key, table)
+    table.obs[train_key] = data.fold.train
+    return _with_table(bare, table_key, table)
 
 
-def with_table(sdata: SpatialData, table_key: str, table: AnnData) -> SpatialData:
-    """The same elements with another table; nothing of ``sdata`` changes."""
-    elements: dict[str, Any] = {name: element for _, name, element in sdata.gen_elements() if name != table_key}
-    return SpatialData.init_from_elements({**elements, table_key: table})
+def with_table(slide: Slide, table: AnnData) -> SpatialData:
+    """The same elements with another table; nothing of the slide changes."""
+    assert slide.home is not None
+    return _with_table(slide.home, slide.table_key, table)
+
+
+def _with_table(sdata: SpatialData, table_key: str, table: AnnData) -> SpatialData:
+    return SpatialData(
+        images=dict(sdata.images),
+        labels=dict(sdata.labels),
+        points=dict(sdata.points),
+        shapes=dict(sdata.shapes),
+        tables={**sdata.tables, table_key: table},
+        attrs=dict(sdata.attrs),
+    )
 
 
 def _most_variable(training: sp.csr_matrix, n: int) -> np.ndarray:

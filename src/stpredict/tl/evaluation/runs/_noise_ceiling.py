@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,41 +12,30 @@ from scanpy import logging as logg
 from spatialdata import SpatialData
 from tqdm.auto import tqdm
 
-from stpredict._data import slots
-from stpredict._data.slide import read_spots, read_table
-from stpredict._data.slots import Halves
-from stpredict.tl.evaluation.numbers._metrics import mean_of_known
-from stpredict.tl.evaluation.runs._parts import MEAN, section_names
-from stpredict.tl.fitting._targets import select_genes
+from stpredict._data.compat import layer_names
+from stpredict._data.elements import Elements
+from stpredict._data.matrix import read_csr, where_is
+from stpredict._data.messages import listed
+from stpredict._data.slide import open_slide
+from stpredict._data.slots import Slots
+from stpredict.tl.evaluation.numbers._ceiling import MAX_COUNT, Halves, ceiling, correlate_halves, mean_halves
+from stpredict.tl.evaluation.numbers._labels import MEAN
+from stpredict.tl.fitting._targets import Genes, select_genes
 
-_TARGET_SUM = 1e4
 _MIN_SPOTS = 3
-# A gene that is seen in fewer spots has a correlation that a single spot can make or break, and no error that tells so.
-_MIN_SEEN = 10
-# Counts that are worked on at a time.
-_BLOCK = 2**19
-# A ceiling is told from none where it is as high as this, and the halves' PCC above 0 at the level of 0.05, one-sided.
-_MIN_CEILING, _MIN_ERRORS = 0.1, 1.645
-
-
-class Ceiling(NamedTuple):
-    """Highest PCC, its standard error, and whether it is told from none; the shape of the halves' PCC."""
-
-    value: np.ndarray
-    error: np.ndarray
-    determined: np.ndarray
 
 
 def noise_ceiling(
-    sdata: SpatialData,
+    sdata: SpatialData | AnnData,
     *,
     layer: str = "counts",
-    genes: str | Sequence[str] | None = None,
+    genes: Genes = None,
     n_draws: int = 20,
     min_count: int = 100,
     random_state: int = 0,
     table_key: str | None = None,
     shapes_key: str | Sequence[str] | None = None,
+    section_key: str | None = None,
     key_added: str = "noise_ceiling",
     inplace: bool = True,
 ) -> pd.DataFrame:
@@ -62,7 +49,7 @@ def noise_ceiling(
     Parameters
     ----------
     sdata
-        Spots, and a table with counts; no image is needed.
+        Spots, and a table with counts; no image is needed. A table by itself will do, with places in ``obsm["spatial"]``.
     layer
         Counts, a key of ``layers`` or ``"X"``.
     genes
@@ -77,6 +64,8 @@ def noise_ceiling(
         Seed.
     table_key, shapes_key
         Which elements to use, as in :func:`stpredict.pp.color_histogram`. `None` finds them.
+    section_key
+        Column of ``obs`` that names sections. `None` means the table's region column.
     key_added
         Where the results go; :func:`score` looks under the default.
     inplace
@@ -125,18 +114,21 @@ def noise_ceiling(
     for name, number, least in (("n_draws", n_draws, 1), ("min_count", min_count, 1)):
         if not (isinstance(number, int | np.integer) and number >= least):
             raise ValueError(f"`{name}` is {number!r}; expected a whole number, at least {least}.")
-    _, table = read_table(sdata, table_key)
-    slots.check_noise_ceiling_key(table, key_added)
+    elements = Elements(table_key=table_key, shapes_key=shapes_key, section_key=section_key)
+    slide = open_slide(sdata, elements, images=False)
+    table = slide.table
+    if inplace:
+        Slots(key_added, var={key_added: None, f"{key_added}_error": None}).check(table)
     counts = _read_counts(table, layer)
     columns = np.arange(table.n_vars) if genes is None else select_genes(table, counts, genes)
     if not len(columns):
         raise ValueError("No gene is chosen; name some with `genes`.")
-    sections = read_spots(sdata, table, shapes_key=shapes_key)
-    names = section_names(sections, table)
+    section_of, in_tissue = slide.section_of, slide.in_tissue
+    names = list(dict.fromkeys(name for spots in slide.spots for name in section_of[spots.rows]))
     rng = np.random.default_rng(random_state)
     pcc, error, kept, n_spots = [], [], [], []
-    for section, name in zip(tqdm(sections, desc="Noise ceiling", delay=2, leave=False), names, strict=True):
-        of_section = counts[section.rows]
+    for name in tqdm(names, desc="Noise ceiling", delay=2, leave=False):
+        of_section = counts[np.flatnonzero((section_of == name) & in_tissue)]
         deep = np.asarray(of_section.sum(axis=1)).ravel() >= min_count
         if not deep.all():
             logg.info(
@@ -145,7 +137,7 @@ def noise_ceiling(
         if deep.sum() < _MIN_SPOTS:
             logg.warning(f"Section {name!r} has {deep.sum()} spots with {min_count} counts; it is left out.")
             continue
-        halves = _correlate_halves(of_section[deep], columns, n_draws, rng)
+        halves = correlate_halves(of_section[deep], columns, n_draws, rng)
         pcc.append(halves.pcc)
         error.append(halves.error)
         kept.append(name)
@@ -159,8 +151,9 @@ def noise_ceiling(
     of_sections, over_sections = ceiling(halves), ceiling(mean_halves(halves))
     found_genes = table.var_names[columns]
     if inplace:
-        made_of = {
-            "sections": np.array(kept, dtype=object),
+        entry = {
+            "genes": list(found_genes),
+            "sections": kept,
             "ceiling": of_sections.value,
             "error": of_sections.error,
             "halves_pcc": halves.pcc,
@@ -171,7 +164,11 @@ def noise_ceiling(
             "min_count": int(min_count),
             "random_state": int(random_state),
         }
-        slots.write_noise_ceiling(table, key_added, found_genes, over_sections.value, over_sections.error, made_of)
+        of_genes = {key_added: over_sections.value, f"{key_added}_error": over_sections.error}
+        of_all = {name: np.full(table.n_vars, np.nan) for name in of_genes}
+        for name, values in of_genes.items():
+            of_all[name][columns] = values
+        Slots(key_added, entry=entry, var=of_all).write(table)
     names = [*kept, MEAN]
     value = np.vstack([of_sections.value, over_sections.value])
     return pd.DataFrame(
@@ -186,119 +183,23 @@ def noise_ceiling(
     )
 
 
-def ceiling(halves: Halves) -> Ceiling:
-    """What the halves' PCC means for the whole."""
-    value = _ceiling(halves.pcc)
-    error = (_ceiling(halves.pcc + halves.error) - _ceiling(halves.pcc - halves.error)) / 2
-    return Ceiling(value, error, (value >= _MIN_CEILING) & (halves.pcc >= _MIN_ERRORS * halves.error))
-
-
-def mean_halves(halves: Halves) -> Halves:
-    """``(G,)`` mean over the sections where it is known.
-
-    Ceilings are never below 0, so that their mean would be above 0 for noise: the halves' PCC, which averages out, is
-    averaged in their place.
-    """
-    n = np.isfinite(halves.pcc).sum(axis=0)
-    error = np.sqrt(mean_of_known(halves.error**2) / np.maximum(n, 1))
-    return Halves(mean_of_known(halves.pcc), error)
-
-
 def _read_counts(table: AnnData, layer: str) -> sp.csr_matrix:
-    if layer != "X" and layer not in table.layers:
+    if layer != "X" and layer not in layer_names(table):
         raise KeyError(
-            f"No layer {layer!r} in the table; it has {list(table.layers)}. The ceiling is estimated from counts: keep them with "
-            "`adata.layers['counts'] = adata.X.copy()` before normalising."
+            f"No layer {layer!r} in the table; it has {listed(layer_names(table))}. The ceiling is estimated from counts: keep "
+            "them with `adata.layers['counts'] = adata.X.copy()` before normalising."
         )
-    matrix = table.X if layer == "X" else table.layers[layer]
-    if matrix is None:
-        raise ValueError(f"The table has no `X`. Name the layer that holds the counts; it has {list(table.layers)}.")
-    counts = sp.csr_matrix(matrix)
-    where = "`X`" if layer == "X" else f"`layers[{layer!r}]`"
+    counts = read_csr(table, layer)
     values = counts.data
     if not np.isfinite(values).all() or (values < 0).any() or not np.array_equal(values, np.rint(values)):
         example = values[~np.isfinite(values) | (values < 0) | (values != np.rint(values))][0]
         raise ValueError(
-            f"{where} holds {example:g}, which is no count; expected whole numbers of at least 0. Name the layer that holds "
-            "the counts with `layer`: once normalised, they cannot be divided."
+            f"{where_is(layer)} holds {example:g}, which is no count; expected whole numbers of at least 0. Name the layer that "
+            "holds the counts with `layer`: once normalised, they cannot be divided."
+        )
+    if (largest := float(values.max(initial=0))) > MAX_COUNT:
+        raise ValueError(
+            f"{where_is(layer)} holds {largest:g}, which is too large for a count; expected whole numbers of at most {MAX_COUNT}. "
+            "Name the layer that holds the counts with `layer`, or undo what these were multiplied by."
         )
     return counts
-
-
-def _correlate_halves(counts: sp.csr_matrix, columns: np.ndarray, n_draws: int, rng: np.random.Generator) -> Halves:
-    """``(G,)`` PCC of the halves, averaged over draws, and its standard error; NaN for genes that are hardly ever seen.
-
-    Both come from sums over the counts that are not 0: all zeros of a gene are alike.
-    """
-    n_spots, n_genes = counts.shape[0], len(columns)
-    others = np.setdiff1d(np.arange(counts.shape[1]), columns)
-    by_gene = sp.csc_matrix(counts)[:, np.concatenate([columns, others])]
-    by_gene.eliminate_zeros()
-    whole, spot, ends = by_gene.data.astype(np.int32), by_gene.indices, by_gene.indptr
-    half = np.empty_like(whole)
-    blocks = _blocks(ends, 0, n_genes)
-    r, influence, influence_of_zero = np.zeros(n_genes), np.zeros(ends[n_genes], dtype=np.float32), np.zeros(n_genes)
-    for _ in range(n_draws):
-        total = np.zeros((2, n_spots))
-        for _, stored in [*blocks, *_blocks(ends, n_genes, counts.shape[1])]:
-            half[stored] = rng.binomial(whole[stored], 0.5)
-            for of_half, values in zip(total, (half[stored], whole[stored] - half[stored]), strict=True):
-                of_half += np.bincount(spot[stored], weights=values, minlength=n_spots)
-        scale = _TARGET_SUM / np.maximum(total, 1)
-        for genes, stored in blocks:
-            x = np.log1p(scale[0, spot[stored]] * half[stored])
-            y = np.log1p(scale[1, spot[stored]] * (whole[stored] - half[stored]))
-            of_genes = _correlate(x, y, np.diff(ends[genes.start : genes.stop + 1]), n_spots)
-            r[genes] += of_genes.r / n_draws
-            influence[stored] += of_genes.influence
-            influence_of_zero[genes] += of_genes.influence_of_zero
-    n_seen = np.diff(ends)[:n_genes]
-    squares = np.zeros(n_genes)
-    for genes, stored in blocks:
-        gene = np.repeat(np.arange(genes.stop - genes.start), n_seen[genes])
-        squares[genes] = np.bincount(gene, weights=influence[stored] ** 2, minlength=genes.stop - genes.start)
-    error = np.sqrt(squares + (n_spots - n_seen) * influence_of_zero**2) / n_draws / n_spots
-    seen = n_seen >= _MIN_SEEN
-    return Halves(np.where(seen, r, np.nan), np.where(seen, error, np.nan))
-
-
-class _Correlations(NamedTuple):
-    """``(G,)`` ``r``, and the influence on it of each value that is stored, and ``(G,)`` of each zero."""
-
-    r: np.ndarray
-    influence: np.ndarray
-    influence_of_zero: np.ndarray
-
-
-def _correlate(x: np.ndarray, y: np.ndarray, n_stored: np.ndarray, n_spots: int) -> _Correlations:
-    """Of genes, from their stored values one gene after the other."""
-    gene = np.repeat(np.arange(len(n_stored)), n_stored)
-
-    def mean(values: np.ndarray) -> np.ndarray:
-        return np.bincount(gene, weights=values, minlength=len(n_stored)) / n_spots
-
-    mean_x, mean_y = mean(x), mean(y)
-    sd_x = np.sqrt(np.maximum(mean(x * x) - mean_x**2, 0))
-    sd_y = np.sqrt(np.maximum(mean(y * y) - mean_y**2, 0))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        r = (mean(x * y) - mean_x * mean_y) / (sd_x * sd_y)
-        stored = _influence((x - mean_x[gene]) / sd_x[gene], (y - mean_y[gene]) / sd_y[gene], r[gene])
-        return _Correlations(r, stored, _influence(-mean_x / sd_x, -mean_y / sd_y, r))
-
-
-def _blocks(ends: np.ndarray, first: int, last: int) -> list[tuple[slice, slice]]:
-    """Cut genes so that each cut has about so many stored values: genes, and where their values are."""
-    wanted = np.arange(ends[first], ends[last], _BLOCK)
-    cuts = np.unique([first, *np.searchsorted(ends, wanted, side="right")[1:] - 1, last])
-    return [(slice(a, b), slice(int(ends[a]), int(ends[b]))) for a, b in pairwise(cuts)]
-
-
-def _influence(x: np.ndarray, y: np.ndarray, r: np.ndarray) -> np.ndarray:
-    """Of one standardised pair on the correlation: what the jackknife of an infinitely small weight gives."""
-    return x * y - r * (x * x + y * y) / 2
-
-
-def _ceiling(r: np.ndarray) -> np.ndarray:
-    """Root of Spearman and Brown's reliability of the whole, from the correlation of its halves."""
-    r = np.clip(r, 0, 1)
-    return np.sqrt(2 * r / (1 + r))

@@ -1,59 +1,27 @@
-"""Spots that are scored together, and their expression, a few genes or spots at a time."""
+"""What is scored together: sections, or what folds hold of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
-import pandas as pd
-import scipy.sparse as sp
 from anndata import AnnData
 from scanpy import logging as logg
 
-from stpredict._data.slide import Spots, section_name
+from stpredict._data.messages import listed
+from stpredict._data.provenance import read_halves
+from stpredict._data.slide import Slide
+from stpredict.tl.evaluation.numbers._ceiling import Halves
+from stpredict.tl.evaluation.numbers._parts import Part
 
-Matrix = np.ndarray | sp.csr_matrix | sp.csc_matrix
-"""``(n_obs, n_vars)``, dense or sparse."""
-# What the mean over sections is called where there is a name for each section.
-MEAN = "mean of sections"
-# Values that each thread holds dense at a time: 4 MB, and some ten times that for what is computed of them.
-_CHUNK = 2**19
 # A correlation of two spots is 1 or -1 whatever they hold.
 _MIN_SPOTS = 3
+# Between the name of a section and of the fold that holds a part of it.
+_OF_FOLD = " · "
 
 
-@dataclass(frozen=True)
-class Part:
-    """Spots that are scored together: a section, or what a fold holds of it.
-
-    Attributes
-    ----------
-    name
-        What the scores frame calls it.
-    group
-        What the bootstrap resamples it with: a patient, or the section itself.
-    rows
-        ``(n,)`` positions in the table.
-    xy
-        ``(n, 2)`` centres, in any unit.
-    """
-
-    name: str
-    group: str
-    rows: np.ndarray = field(repr=False)
-    xy: np.ndarray = field(repr=False)
-
-
-def section_names(sections: Sequence[Spots], table: AnnData) -> list[str]:
-    """What to call sections: ``obs["section"]`` where each has one of its own, else the keys of the spots."""
-    names = [section_name(section, table) for section in sections]
-    return names if len(set(names)) == len(names) else [section.name for section in sections]
-
-
-def make_parts(
-    table: AnnData, sections: Sequence[Spots], folds: Mapping[str, np.ndarray], *, whole_folds: bool = False
-) -> dict[str, list[Part]]:
+def make_parts(slide: Slide, folds: Mapping[str, np.ndarray], *, whole_folds: bool = False) -> dict[str, list[Part]]:
     """What is scored together: what each fold holds of each section.
 
     Predictions of different folds are never scored together: their models differ, and with them the level of each gene,
@@ -62,10 +30,8 @@ def make_parts(
 
     Parameters
     ----------
-    table
-        Names of sections and patients.
-    sections
-        Where the rows belong to.
+    slide
+        Places, sections and patients.
     folds
         ``(n_obs,)`` masks of the rows to score by name of the fold; ``{"": rows}`` without folds.
     whole_folds
@@ -73,34 +39,35 @@ def make_parts(
 
     Returns
     -------
-    By fold. Parts of fewer than 3 spots are left out. The bootstrap's groups are patients where there are several, else
+    By fold. Parts of fewer than 3 spots are left out. The bootstrap's groups are patients where several are known, else
     sections, else (within one section) the parts themselves.
 
     Raises
     ------
     ValueError
-        No part is large enough.
+        No part is large enough, or a section lies on several spots elements.
     """
-    names = section_names(sections, table)
+    sections = _sections(slide)
     any_fold = np.any(list(folds.values()), axis=0)
     parts: dict[str, list[Part]] = {}
     for fold, rows in folds.items():
         of_fold = []
-        for section, name in zip(sections, names, strict=True):
-            chosen = rows[section.rows]
-            is_whole = fold == "" or (chosen == any_fold[section.rows]).all()
-            title = name if is_whole else f"{name} · {fold}"
+        for name, (members, xy) in sections.items():
+            chosen = rows[members]
+            is_whole = fold == "" or (chosen == any_fold[members]).all()
+            title = name if is_whole else f"{name}{_OF_FOLD}{fold}"
             if chosen.sum() >= _MIN_SPOTS:
-                of_fold.append(Part(title, name, section.rows[chosen], section.xy[chosen]))
+                of_fold.append(Part(title, name, members[chosen], xy[chosen]))
             elif chosen.any():
                 logg.warning(f"Only {chosen.sum()} spots to score in {title!r}, which is left out.")
         parts[fold] = [_join(fold, of_fold)] if whole_folds and of_fold else of_fold
     flat = [part for of_fold in parts.values() for part in of_fold]
     if not flat:
         raise ValueError(
-            f"No section has at least {_MIN_SPOTS} spots to score: there are {any_fold.sum()} in the sections {names[:8]}."
+            f"No section has at least {_MIN_SPOTS} spots to score: there are {any_fold.sum()} in the sections "
+            f"{list(sections)[:8]}."
         )
-    patients = {part.name: _patient(table, part) for part in flat}
+    patients = {part.name: _patient(slide.patient_of, part) for part in flat}
     if None not in patients.values() and len(set(patients.values())) > 1:
         groups = {name: str(patient) for name, patient in patients.items()}
     elif len({part.group for part in flat}) > 1:
@@ -110,12 +77,45 @@ def make_parts(
     return {fold: [replace(part, group=groups[part.name]) for part in of_fold] for fold, of_fold in parts.items()}
 
 
-def _patient(table: AnnData, part: Part) -> str | None:
+def known_halves(table: AnnData, genes: Sequence[str], parts: Sequence[Part]) -> Halves | None:
+    """What :func:`stpredict.tl.noise_ceiling` has stored of genes in parts that are whole sections, if anything."""
+    halves = read_halves(table, genes, [part.name for part in parts])
+    if halves is not None:
+        return Halves(*halves)
+    stored = table.uns.get("noise_ceiling")
+    of = set(np.atleast_1d(stored["sections"])) if isinstance(stored, Mapping) and "sections" in stored else set()
+    names = {part.name.partition(_OF_FOLD)[0] for part in parts}
+    if of and not of & names:
+        logg.warning(
+            f"The noise ceiling is known of the sections {listed(sorted(of))}, not of {listed(sorted(names))}: PCCs are not held "
+            "against it. Call `stp.tl.noise_ceiling` with the same `section_key`."
+        )
+    return None
+
+
+def _sections(slide: Slide) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Rows and places of each section."""
+    names = slide.section_of
+    found: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for spots in slide.spots:
+        of_spots = names[spots.rows]
+        for name in dict.fromkeys(of_spots):
+            if name in found:
+                raise ValueError(
+                    f"The section {name!r} (`section_key`) lies on several spots elements, whose places cannot be compared. Name "
+                    "a column in which each section is on one of them."
+                )
+            here = of_spots == name
+            found[str(name)] = spots.rows[here], spots.xy[here]
+    return found
+
+
+def _patient(patient_of: np.ndarray | None, part: Part) -> str | None:
     """The patient of all of a part's rows, if there is one."""
-    if "patient" not in table.obs:
+    if patient_of is None:
         return None
-    found = table.obs["patient"].iloc[part.rows].unique()
-    return str(found[0]) if len(found) == 1 and not pd.isna(found[0]) else None
+    found = set(patient_of[part.rows])
+    return str(next(iter(found))) if len(found) == 1 else None
 
 
 def _join(fold: str, parts: Sequence[Part]) -> Part:
@@ -124,31 +124,3 @@ def _join(fold: str, parts: Sequence[Part]) -> Part:
     left = np.cumsum([0.0, *(3 * width + 1 for width in widths[:-1])])
     xy = [part.xy - part.xy.min(axis=0) + [x, 0] for part, x in zip(parts, left, strict=True)]
     return Part(fold, fold, np.concatenate([part.rows for part in parts]), np.concatenate(xy))
-
-
-def by_gene(matrix: Matrix, rows: np.ndarray, columns: np.ndarray) -> Callable[[slice], np.ndarray]:
-    """What gives some of the columns, ``(genes, len(rows))`` float64."""
-    if not sp.issparse(matrix):
-        return lambda genes: np.asarray(matrix)[np.ix_(rows, columns[genes])].T.astype(np.float64, order="C")
-    chosen = sp.csc_matrix(_select(matrix, rows, columns))
-    return lambda genes: chosen[:, genes].T.toarray().astype(np.float64)
-
-
-def by_spot(matrix: Matrix, rows: np.ndarray, columns: np.ndarray) -> Callable[[slice], np.ndarray]:
-    """What gives some of the rows, ``(spots, len(columns))`` float64."""
-    if not sp.issparse(matrix):
-        return lambda spots: np.asarray(matrix)[np.ix_(rows[spots], columns)].astype(np.float64)
-    chosen = _select(matrix, rows, columns)
-    return lambda spots: chosen[spots].toarray().astype(np.float64)
-
-
-def _select(matrix: Matrix, rows: np.ndarray, columns: np.ndarray) -> sp.csr_matrix:
-    """Rows and columns of a sparse matrix; all columns, the common case, are taken without looking for them."""
-    chosen = sp.csr_matrix(matrix)[rows]
-    return chosen if np.array_equal(columns, np.arange(matrix.shape[1])) else chosen[:, columns]
-
-
-def slices(n: int, length: int) -> list[slice]:
-    """Cut ``n`` rows of some length so that not too many values are dense at a time."""
-    size = max(_CHUNK // max(length, 1), 1)
-    return [slice(start, min(start + size, n)) for start in range(0, n, size)]

@@ -9,6 +9,10 @@ import numpy as np
 import scipy.sparse as sp
 from anndata import AnnData
 
+from stpredict._data.compat import layer_names
+from stpredict._data.matrix import read_csr
+from stpredict._data.messages import listed
+
 
 @dataclass(frozen=True)
 class Protocol:
@@ -55,9 +59,9 @@ PROTOCOLS = {
 
 def read_counts(table: AnnData, layer: str, protocol: str) -> sp.csr_matrix:
     """Counts for a protocol that starts from them."""
-    if layer not in table.layers:
+    if layer not in layer_names(table):
         raise KeyError(
             f"The protocol {protocol!r} starts from counts, but there is no layer {layer!r}; the table has "
-            f"{list(table.layers)}. Keep the counts with `adata.layers['counts'] = adata.X.copy()` before normalising."
+            f"{listed(layer_names(table))}. Keep the counts with `adata.layers['counts'] = adata.X.copy()` before normalising."
         )
-    return sp.csr_matrix(table.layers[layer])
+    return read_csr(table, layer)

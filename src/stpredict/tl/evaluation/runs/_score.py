@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,26 +13,33 @@ from anndata import AnnData
 from scanpy import logging as logg
 from spatialdata import SpatialData
 
-from stpredict._data import provenance, slots
-from stpredict._data.slide import read_spots, read_table
+from stpredict._data.columns import read_mask
+from stpredict._data.elements import Elements
+from stpredict._data.matrix import read_matrix
+from stpredict._data.messages import user_stacklevel
+from stpredict._data.provenance import fold_of, measured_layer, read_predictions, training_rows
+from stpredict._data.slide import Slide, open_slide
+from stpredict._data.slots import SCORES, Slots, check_name
 from stpredict.tl.evaluation.numbers._scores import Scores, score_predictions
-from stpredict.tl.evaluation.runs._parts import make_parts
+from stpredict.tl.evaluation.runs._parts import known_halves, make_parts
 from stpredict.tl.evaluation.runs._summarize import PREDICTABLE, summarize
-from stpredict.tl.fitting._targets import row_mask, select_genes
+from stpredict.tl.fitting._targets import Genes, select_genes
 
 
 def score(
-    sdata: SpatialData,
+    sdata: SpatialData | AnnData,
     *,
     key: str = "nsl",
     layer: str | None = None,
-    genes: str | Sequence[str] | None = None,
+    genes: Genes = None,
     spots: str | None = None,
     n_perms: int = 1000,
     n_bootstrap: int = 1000,
     random_state: int = 0,
     table_key: str | None = None,
     shapes_key: str | Sequence[str] | None = None,
+    section_key: str | None = None,
+    patient_key: str | None = None,
     key_added: str | None = None,
     inplace: bool = True,
 ) -> pd.DataFrame:
@@ -45,7 +52,8 @@ def score(
     Parameters
     ----------
     sdata
-        Spots, and a table with predictions and measured expression; no image is needed.
+        Spots, and a table with predictions and measured expression; no image is needed. A table by itself will do, with places
+        in ``obsm["spatial"]``.
     key
         Predictions, a key of ``layers``.
     layer
@@ -54,8 +62,9 @@ def score(
     genes
         Names, one name, or a boolean column of ``var``. `None` means all genes that have predictions.
     spots
-        Boolean column of ``obs`` that chooses spots, or ``"all"``. `None` takes those that the model was not fitted to, as
-        ``uns[key]["params"]`` tells; all of a cross-validated layer; and all of a model that was fitted to other data.
+        Column of ``obs`` that is `True` for the spots to score, or ``"all"``. `None` takes those that the model was not fitted
+        to, as ``obs[f"{key}_train"]`` tells, and all of a cross-validated layer. Spots beside the tissue (``obs["in_tissue"]``
+        is 0) are left out, unless a column chooses them.
     n_perms
         Random maps of the same smoothness that a gene's PCC is compared with, on at most 3,000 spots of each section, see
         :doc:`/explanation/scores`; 0 leaves p-values out.
@@ -65,6 +74,9 @@ def score(
         Seed of both.
     table_key, shapes_key
         Which elements to use, as in :func:`stpredict.pp.color_histogram`. `None` finds them.
+    section_key, patient_key
+        Columns of ``obs`` that name sections and patients. `None` means the table's region column, and that patients are not
+        known.
     key_added
         What the names of the columns begin with. `None` means ``key``.
     inplace
@@ -73,8 +85,8 @@ def score(
     Returns
     -------
     One row for each gene and section, each gene with ``section`` "mean of sections" and "pooled" (all spots at once), and each
-    spot. Categorical columns: ``model`` (the layer), ``of`` ("gene" or "spot"), ``name``, ``section`` (``obs["section"]``, else
-    the key of the spots), ``group`` (what the bootstrap resamples: patient or section; "" for the aggregates). Numbers, NaN where
+    spot. Categorical columns: ``model`` (the layer), ``of`` ("gene" or "spot"), ``name``, ``section`` (as ``section_key`` names
+    it), ``group`` (what the bootstrap resamples: patient or section; "" for the aggregates). Numbers, NaN where
     they are not defined:
 
     - ``n``: spots (or genes) that have both values.
@@ -103,14 +115,13 @@ def score(
     Raises
     ------
     KeyError, TypeError, ValueError
-        Layers, genes, spots or elements that do not fit, no gene or spot with a prediction, or no section with 3 spots; the table
-        is then unchanged.
+        Layers, genes, spots or elements that do not fit, no gene or spot with a prediction, no section with 3 spots, or it is not
+        known which spots the model was fitted to; the table is then unchanged.
 
     Warns
     -----
     UserWarning
-        All spots were fitted to: such scores say nothing about new tissue. Or the table contradicts what the model says that
-        it was fitted to.
+        All spots were fitted to: such scores say nothing about new tissue.
 
     References
     ----------
@@ -125,43 +136,41 @@ def score(
     >>> model = stp.tl.fit_nsl(sdata, train_key="train")
     >>> scores = stp.tl.score(sdata, key="nsl")
     >>> list(scores["section"].cat.categories)
-    ['S2', 'mean of sections', 'pooled']
+    ['S2_spots', 'mean of sections', 'pooled']
     >>> best = sdata["table"].var["nsl_pcc"].idxmax()
     """
     for name, number in (("n_perms", n_perms), ("n_bootstrap", n_bootstrap)):
         if not (isinstance(number, int | np.integer) and number >= 0):
             raise ValueError(f"`{name}` is {number!r}; expected a whole number, at least 0.")
-    _, table = read_table(sdata, table_key)
+    elements = Elements(table_key=table_key, shapes_key=shapes_key, section_key=section_key, patient_key=patient_key)
+    slide = open_slide(sdata, elements, images=False)
+    table = slide.table
     added = key if key_added is None else key_added
-    slots.check_scores_key(table, added)
-    if key not in table.layers:
-        raise KeyError(
-            f"No predictions {key!r} in `layers`; it has {list(table.layers)}. Predict first, with "
-            "`stp.tl.fit_nsl(sdata)` or `stp.tl.predict(sdata, model)`."
-        )
-    source = provenance.measured_layer(table, key, layer)
+    if inplace:
+        check_name(added, "key_added")
+        _slots(added, key, dict.fromkeys(SCORES["var"]), dict.fromkeys(SCORES["obs"]), {}).check(table)
+    read_predictions(table, key)
+    source = measured_layer(table, key, layer)
     if source is None:
         raise ValueError("The table has no `X` to hold predictions against. Name the measured layer: `layer`.")
-    measured = table.X if source == "X" else table.layers[source]
-    predicted = table.layers[key]
-    known = np.ones(table.shape, dtype=bool) if sp.issparse(predicted) else np.isfinite(np.asarray(predicted))
+    measured, predicted = read_matrix(table, source), read_matrix(table, key)
+    known = np.ones(table.shape, dtype=bool) if sp.issparse(predicted) else np.isfinite(predicted)
     columns = _choose_genes(table, measured, known, genes, key)
-    rows, which = _choose_spots(table, key, known.sum(axis=1) > 0, spots)
-    folds = _folds(table, key, rows & known[:, columns].any(axis=1))
-    of_folds = make_parts(table, read_spots(sdata, table, shapes_key=shapes_key), folds)
+    rows, which = _choose_spots(slide, key, np.asarray(known[:, columns].any(axis=1)), spots)
+    of_folds = make_parts(slide, _folds(table, key, rows))
     parts = [part for of_fold in of_folds.values() for part in of_fold]
     scores = score_predictions(
         measured,
-        predicted,
+        {key: predicted},
         genes=table.var_names[columns],
         columns=columns,
         spots=table.obs_names,
         parts=parts,
-        halves=slots.read_noise_ceiling(table, table.var_names[columns], [part.name for part in parts]),
+        halves=known_halves(table, table.var_names[columns], parts),
         n_perms=n_perms,
         n_bootstrap=n_bootstrap,
         random_state=random_state,
-    )
+    )[key]
     frame = scores.frame(key)
     if inplace:
         settings = {
@@ -169,21 +178,31 @@ def score(
             "layer": source,
             "spots": which,
             "n_spots": len(scores.spots),
-            "sections": np.array([part.name for part in parts], dtype=object),
+            "sections": [part.name for part in parts],
             "n_perms": int(n_perms),
             "n_bootstrap": int(n_bootstrap),
             "random_state": int(random_state),
             "summary": summarize(frame, n_bootstrap=n_bootstrap, random_state=random_state).iloc[0].to_dict(),
         }
-        slots.write_scores(
-            table, added, _of_genes(scores, columns, table.n_vars), _of_spots(scores, table.n_obs), settings
-        )
+        of_genes, of_spots = _of_genes(scores, columns, table.n_vars), _of_spots(scores, table.n_obs)
+        _slots(added, key, of_genes, of_spots, settings).write(table)
     return frame
 
 
-def _choose_genes(
-    table: AnnData, measured: Any, known: np.ndarray, genes: str | Sequence[str] | None, key: str
-) -> np.ndarray:
+def _slots(
+    added: str, key: str, of_genes: Mapping[str, Any], of_spots: Mapping[str, Any], entry: dict[str, Any]
+) -> Slots:
+    """Where scores go; they are taken away when the predictions that they describe are made anew."""
+    return Slots(
+        f"{added}_score",
+        entry=entry,
+        var={f"{added}_{name}": values for name, values in of_genes.items()},
+        obs={f"{added}_{name}": values for name, values in of_spots.items()},
+        of=key,
+    )
+
+
+def _choose_genes(table: AnnData, measured: Any, known: np.ndarray, genes: Genes, key: str) -> np.ndarray:
     """Columns of the genes to score."""
     fitted = np.flatnonzero(known.any(axis=0))
     if not len(fitted):
@@ -202,54 +221,52 @@ def _choose_genes(
     return columns
 
 
-def _choose_spots(table: AnnData, key: str, predicted: np.ndarray, spots: str | None) -> tuple[np.ndarray, str]:
+def _choose_spots(slide: Slide, key: str, predicted: np.ndarray, spots: str | None) -> tuple[np.ndarray, str]:
     """Rows to score, and what they are."""
-    if spots == "all":
-        return predicted, "all"
-    if spots is not None:
-        rows = predicted & row_mask(table, spots, "True for spots to score")
+    table = slide.table
+    predicted = predicted & slide.mask(slide.rows)
+    if spots is not None and spots != "all":
+        rows = predicted & read_mask(table.obs, spots, where="obs", expected="True for spots to score")
         if not rows.any():
             raise ValueError(f"None of the spots that `obs[{spots!r}]` marks has a prediction in `layers[{key!r}]`.")
         return rows, spots
-    training = provenance.training_rows(table, key, predicted)
-    if training is None:
-        logg.info(f"The table does not hold the spots that {key!r} was fitted to, so all are scored.")
-        return predicted, "all"
-    held_out = predicted & ~training.rows
-    if not held_out.any():
-        warnings.warn(
-            f"The model {key!r} was fitted to all spots that it has predictions for. These scores tell how well it fits "
-            "them, and nothing about new tissue: fit with `train_key`, or use `stp.tl.cross_validate`.",
-            UserWarning,
-            stacklevel=3,
-        )
-        return predicted, "training fit"
-    if not training.as_fitted:
-        params = provenance.model_params(table, key)
-        warnings.warn(
-            f"`obs[{params['train_key']!r}]` marks {training.rows.sum()} spots, but the model {key!r} was fitted to "
-            f"{params['n_train']}: it has changed since, or the model is of other data. The spots that it does not mark are "
-            "scored; whether the model has seen them is not known. Choose with `spots`.",
-            UserWarning,
-            stacklevel=3,
-        )
-        return held_out, "not known"
-    return held_out, "held out"
+    in_tissue, which = slide.in_tissue, "all"
+    if spots is None:
+        training = training_rows(table, key)
+        if training is None:
+            raise ValueError(
+                f"Which spots the model {key!r} was fitted to is not known: `obs['{key}_train']` is missing or has gaps, as after "
+                "a concatenation with a table that lacks it. Say which spots to score with `spots`: a column of `obs`, or 'all' "
+                "if the model has seen none of them."
+            )
+        if (predicted & in_tissue & ~training).any():
+            predicted, which = predicted & ~training, "held out"
+        else:
+            which = "training fit"
+            warnings.warn(
+                f"The model {key!r} was fitted to all spots that it has predictions for. These scores tell how well it fits "
+                "them, and nothing about new tissue: fit with `train_key`, or use `stp.tl.cross_validate`.",
+                UserWarning,
+                stacklevel=user_stacklevel(),
+            )
+    if n_beside := int((predicted & ~in_tissue).sum()):
+        logg.info(f"{n_beside} spots lie beside the tissue (`obs['in_tissue']`) and are not scored.")
+    return predicted & in_tissue, which
 
 
 def _folds(table: AnnData, key: str, rows: np.ndarray) -> dict[str, np.ndarray]:
     """Rows to score, by the fold that held them out where the layer was cross-validated."""
-    added = provenance.model_params(table, key).get("cv")
-    if added is None or added not in table.obs:
+    names = fold_of(table, key)
+    if names is None:
         return {"": rows}
-    fold_of = table.obs[added].astype(str).to_numpy()
-    return {str(fold): rows & (fold_of == str(fold)) for fold in table.obs[added].cat.categories}
+    column = table.obs[f"{key}_fold"]
+    order = column.cat.categories if hasattr(column, "cat") else np.unique(names)
+    return {str(name): rows & (names == str(name)) for name in order if str(name)}
 
 
 def _of_genes(scores: Scores, columns: np.ndarray, n_vars: int) -> dict[str, np.ndarray]:
     mean = scores.mean
-    renamed = {"pvals": "pvals", "pvals_adj": "pvals_adj"}
-    values = {renamed.get(name, name): column for name, column in mean.items() if name not in ("n", "ceiling")}
+    values = {name: column for name, column in mean.items() if name not in ("n", "ceiling")}
     values["pcc_pooled"] = scores.pooled["pcc"]
     written = {name: np.full(n_vars, np.nan) for name in values}
     for name, column in values.items():

@@ -8,8 +8,7 @@ import numpy as np
 import pandas as pd
 
 from stpredict.tl.evaluation.numbers._bootstrap import bootstrap_interval
-from stpredict.tl.evaluation.numbers._scores import POOLED
-from stpredict.tl.evaluation.runs._parts import MEAN
+from stpredict.tl.evaluation.numbers._labels import MEAN, POOLED
 
 # Highest false discovery rate of the genes that are called predictable.
 PREDICTABLE = 0.05
