@@ -2,8 +2,12 @@
 
 from importlib.metadata import version
 
-from stpredict import datasets, models, pl, pp, tl
+import lazy_loader
 
-__all__ = ["datasets", "models", "pl", "pp", "tl"]
+from stpredict._distribution import warn_about_namesakes
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 __version__ = version("stpredict-histology")
+
+warn_about_namesakes()

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from typing import Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -67,7 +68,7 @@ def test_held_out_spots_are_drawn(predicted_sdata: MakeSData) -> None:
         assert ax.get_xlim() == ax.get_ylim()
         line = np.asarray(ax.lines[0].get_xydata())
         np.testing.assert_array_equal(line[:, 0], line[:, 1])
-    assert list(legend(axes[-1])) == ["B"]
+    assert list(legend(axes[-1])) == ["B_spots"]
     assert axes[0].get_legend() is None
 
 
@@ -80,14 +81,14 @@ def test_all_spots_or_chosen_ones(predicted_sdata: MakeSData) -> None:
     # As scores are: the mean over sections, not over all spots at once.
     mean = np.mean([pearsonr(*pair).statistic for pair in pairs])
     assert note(ax) == f"partly training · mean PCC {mean:.2f}"
-    (ax,) = stp.pl.scatter(sdata, "ERBB2", spots="train")
+    (ax,) = stp.pl.scatter(sdata, "ERBB2", spots="nsl_train")
     np.testing.assert_allclose(offsets(ax), expected(pairs[0]), rtol=1e-6)
     assert note(ax).startswith("training fit · PCC")
 
 
 def test_a_model_fitted_to_all_spots_is_drawn_as_a_training_fit(predicted_sdata: MakeSData) -> None:
     sdata = predicted_sdata()
-    sdata["table"].uns["nsl"]["params"] |= {"train_key": "", "n_train": 96}
+    sdata["table"].obs["nsl_train"] = True
     (ax,) = stp.pl.scatter(sdata, "ERBB2")
     assert len(offsets(ax)) == 96
     assert note(ax).startswith("training fit · mean PCC")
@@ -95,7 +96,7 @@ def test_a_model_fitted_to_all_spots_is_drawn_as_a_training_fit(predicted_sdata:
 
 def test_points_have_the_color_of_their_section(predicted_sdata: MakeSData) -> None:
     sdata = predicted_sdata()
-    (ax,) = stp.pl.scatter(sdata, "ERBB2", spots="all")
+    (ax,) = stp.pl.scatter(sdata, "ERBB2", spots="all", section_key="section")
     colors = legend(ax)
     assert set(colors.values()) == {to_rgba(color) for color in PALETTE[:2]}
     for section in "AB":
@@ -110,7 +111,7 @@ def test_colors_by_other_columns(predicted_sdata: MakeSData) -> None:
     obs = sdata["table"].obs
     obs["kind"] = np.where(np.arange(96) % 2 == 0, "tumour", "stroma")
     assert set(legend(stp.pl.scatter(sdata, "ERBB2", color="kind")[0])) == {"tumour", "stroma"}
-    assert set(legend(stp.pl.scatter(sdata, "ERBB2", color="train", spots="all")[0])) == {"True", "False"}
+    assert set(legend(stp.pl.scatter(sdata, "ERBB2", color="nsl_train", spots="all")[0])) == {"True", "False"}
     obs["many"] = np.arange(96) % 9
     obs["many"] = obs["many"].astype("category")
     assert len(set(legend(stp.pl.scatter(sdata, "ERBB2", color="many", spots="all")[0]).values())) == 9
@@ -126,8 +127,10 @@ def test_colors_by_other_columns(predicted_sdata: MakeSData) -> None:
 
     (ax,) = stp.pl.scatter(sdata, "ERBB2", color=None)
     assert ax.get_legend() is None
-    del obs["section"]
+    obs["section"] = "mine"  # sections are regions, or those of `section_key`
     assert list(legend(stp.pl.scatter(sdata, "ERBB2")[0])) == ["B_spots"]
+    obs["kind"] = "$1"
+    assert list(legend(stp.pl.scatter(sdata, "ERBB2", color="kind")[0])) == [r"\$1"]
 
 
 def test_density_of_many_spots(predicted_sdata: MakeSData, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +149,7 @@ def test_noise_ceiling_of_the_sections_drawn(predicted_sdata: MakeSData) -> None
     sdata = predicted_sdata()
     sdata["table"].uns["noise_ceiling"] = {
         "genes": np.array(["ERBB2"], dtype=object),
-        "sections": np.array(["A", "B"], dtype=object),
+        "sections": np.array(["A_spots", "B_spots"], dtype=object),
         "halves_pcc": np.array([[0.22], [0.47]]),
         "halves_error": np.array([[0.02], [0.02]]),
     }
@@ -171,6 +174,41 @@ def test_constant_prediction(predicted_sdata: MakeSData) -> None:
     sdata["table"].layers["nsl"][:] = 2
     (ax,) = stp.pl.scatter(sdata, "ERBB2", spots="all")
     assert note(ax) == "partly training · PCC undefined"
+
+
+def test_spots_beside_the_tissue_are_left_out(predicted_sdata: MakeSData) -> None:
+    sdata = predicted_sdata()
+    table = sdata["table"]
+    table.obs["in_tissue"] = (np.arange(96) % 4 > 0).astype(int)
+    inside = table.obs["in_tissue"] == 1
+    n_held_out = int((inside & ~table.obs["nsl_train"]).sum())
+    for spots, n in ((None, n_held_out), ("all", 72), ("nsl_train", 48)):
+        (ax,) = stp.pl.scatter(sdata, "ERBB2", spots=spots)
+        assert len(offsets(ax)) == n
+    (ax,) = stp.pl.scatter(sdata, "ERBB2")
+    scores = stp.tl.score(sdata, n_perms=0, n_bootstrap=0, genes="ERBB2")
+    pcc = scores.loc[scores["section"] == "mean of sections", "pcc"].item()
+    assert note(ax) == f"held out · PCC {pcc:.2f}"
+
+
+def test_a_table_by_itself_is_drawn_like_its_spatialdata(predicted_sdata: MakeSData) -> None:
+    sdata = predicted_sdata()
+    alone = sdata["table"].copy()
+    alone.obsm["spatial"] = np.random.default_rng(0).normal(size=(96, 2))
+    choices: list[dict[str, Any]] = [{}, {"spots": "all"}, {"section_key": "section"}]
+    for options in choices:
+        (ours,), (theirs,) = (stp.pl.scatter(each, "KRT19", **options) for each in (sdata, alone))
+        np.testing.assert_array_equal(offsets(ours), offsets(theirs))
+        assert note(ours) == note(theirs)
+        assert legend(ours) == legend(theirs)
+
+
+def test_genes_by_a_mask(predicted_sdata: MakeSData) -> None:
+    sdata = predicted_sdata()
+    table = sdata["table"]
+    table.var_names = ["a$b$", "ERBB2", "KRT19", "other"]
+    axes = stp.pl.scatter(sdata, table.var["nsl_fitted"])
+    assert [ax.get_title() for ax in axes] == [r"a\$b\$", "ERBB2", "KRT19"]
 
 
 def test_a_grid_of_panels(predicted_sdata: MakeSData) -> None:
@@ -206,17 +244,19 @@ def test_errors_say_what_there_is(predicted_sdata: MakeSData) -> None:
         stp.pl.scatter(sdata, ["ACTB", "erbb2"])
     with pytest.raises(ValueError, match="`genes` is empty; expected one or more of `var_names`"):
         stp.pl.scatter(sdata, [])
-    with pytest.raises(ValueError, match="'other' is in the table but was not modelled"):
+    with pytest.raises(ValueError, match="'other' is in the table but was not modeled"):
         stp.pl.scatter(sdata, "other")
     with pytest.raises(KeyError, match=r"No measured expression 'raw'; the table has \['X', 'nsl'\]"):
         stp.pl.scatter(sdata, "ERBB2", layer="raw")
     with pytest.raises(
-        KeyError, match=r"No column 'kind' in `obs`; it has \['section', 'region', 'spot_id', 'train'\]"
+        KeyError, match=r"No column 'kind' in `obs`; it has \['section', 'region', 'spot_id', 'nsl_train'\]"
     ):
         stp.pl.scatter(sdata, "ERBB2", color="kind")
-    with pytest.raises(KeyError, match=r"No column 'test' in `obs`; its boolean columns are \['train'\]"):
+    with pytest.raises(KeyError, match=r"No column 'test' in `obs`; its boolean columns are \['nsl_train'\]"):
         stp.pl.scatter(sdata, "ERBB2", spots="test")
-    with pytest.raises(TypeError, match=r"`obs\['section'\]` has dtype category; expected True for spots to draw"):
+    with pytest.raises(
+        TypeError, match=r"`obs\['section'\]` has dtype category and values such as .*; expected True for spots to draw"
+    ):
         stp.pl.scatter(sdata, "ERBB2", spots="section")
     with pytest.raises(ValueError, match="`ncols` is 0; expected at least 1"):
         stp.pl.scatter(sdata, "ERBB2", ncols=0)
@@ -224,8 +264,6 @@ def test_errors_say_what_there_is(predicted_sdata: MakeSData) -> None:
     with pytest.raises(ValueError, match=r"No spot among those that `obs\['none'\]` chooses has both a measured and"):
         stp.pl.scatter(sdata, "ERBB2", spots="none")
     table.X = None
-    with pytest.raises(
-        ValueError, match=r"The table has no `X` to draw against; name one of \['nsl'\] with `measured_l"
-    ):
+    with pytest.raises(ValueError, match=r"The table has no `X` to draw against; name one of \['nsl'\] with `layer`"):
         stp.pl.scatter(sdata, "ERBB2")
     assert not plt.get_fignums()

@@ -8,7 +8,8 @@ from spatialdata import SpatialData
 from spatialdata.models import Image2DModel, ShapesModel
 from spatialdata.transformations import Affine, get_transformation
 
-from stpredict._data.slide import read_sections
+from stpredict._data.elements import Elements
+from stpredict._data.slide import Section, open_without_table
 from stpredict.pl._tissue import tissue_in_view, view_of_spots
 
 # A quarter of a turn and a bit, half the size, moved.
@@ -34,6 +35,11 @@ def _sdata(pixels: da.Array | np.ndarray, **image: object) -> SpatialData:
     )
 
 
+def _section(sdata: SpatialData) -> Section:
+    (section,) = open_without_table(sdata, Elements(), "table", ["g"]).sections
+    return section
+
+
 def _color_at(tissue: xr.DataArray, world: np.ndarray) -> np.ndarray:
     to_world = get_transformation(tissue, "w").to_affine_matrix(("x", "y"), ("x", "y"))
     x, y, _ = np.linalg.solve(to_world, [*world, 1])
@@ -51,9 +57,9 @@ def _color_at(tissue: xr.DataArray, world: np.ndarray) -> np.ndarray:
 )
 def test_every_spot_lies_on_its_pixels(dtype: str, image: dict[str, object]) -> None:
     sdata = _sdata(_coordinates_as_colors(dtype), **image)
-    (section,) = read_sections(sdata, None)
-    view = view_of_spots(section, sdata.images["image"], 0.1)
-    tissue = tissue_in_view(section, sdata.images["image"], view)
+    section = _section(sdata)
+    view = view_of_spots(section, 0.1)
+    tissue = tissue_in_view(section, view)
     assert tissue.dtype == np.uint8
     assert 500 < max(tissue.shape) < SIZE
     for x, y in section.centers:
@@ -63,20 +69,20 @@ def test_every_spot_lies_on_its_pixels(dtype: str, image: dict[str, object]) -> 
 
 def test_channels_are_put_in_order() -> None:
     sdata = _sdata(_coordinates_as_colors()[::-1], c_coords=["b", "g", "r"])
-    (section,) = read_sections(sdata, None)
-    tissue = tissue_in_view(section, sdata.images["image"], view_of_spots(section, sdata.images["image"], 0))
+    section = _section(sdata)
+    tissue = tissue_in_view(section, view_of_spots(section, 0))
     assert (tissue.sel(c="b") == 7).all()
 
 
 def test_view_holds_the_spots_some_room_and_a_footer() -> None:
     sdata = _sdata(_coordinates_as_colors())
-    (section,) = read_sections(sdata, None)
+    section = _section(sdata)
     scale = np.sqrt(np.linalg.det(TO_WORLD[:2, :2]))
-    bare = view_of_spots(section, sdata.images["image"], 0)
+    bare = view_of_spots(section, 0)
     world = section.centers @ TO_WORLD[:2, :2].T + TO_WORLD[:2, 2]
     room = 1.5 * 60 * scale
     np.testing.assert_allclose(bare[:4], [*_ends(world[:, 0], room), *_ends(world[:, 1], room)])
-    footed = view_of_spots(section, sdata.images["image"], 0.25)
+    footed = view_of_spots(section, 0.25)
     assert footed.y0 == bare.y0
     assert footed.height == pytest.approx(1.25 * bare.height)
     assert bare.units_per_pixel == pytest.approx(scale)
@@ -91,8 +97,8 @@ def test_the_coarsest_level_that_is_sharp_enough_is_read() -> None:
     image = sdata.images["image"]
     for scale in ("scale0", "scale2"):  # of 2048 and 512 pixels; the view is most of the image
         image[scale]["image"] = image[scale]["image"].copy(data=da.zeros_like(image[scale]["image"].data))
-    (section,) = read_sections(sdata, None)
-    tissue = tissue_in_view(section, image, view_of_spots(section, image, 0))
+    section = _section(sdata)
+    tissue = tissue_in_view(section, view_of_spots(section, 0))
     assert tissue.to_numpy().max() > 100
 
 
@@ -111,7 +117,7 @@ def test_only_the_view_is_read() -> None:
         radius=20,
         transformations={"w": Affine(TO_WORLD, ("x", "y"), ("x", "y"))},
     )
-    (section,) = read_sections(sdata, None)
+    section = _section(sdata)
     read.clear()
-    tissue_in_view(section, sdata.images["image"], view_of_spots(section, sdata.images["image"], 0))
+    tissue_in_view(section, view_of_spots(section, 0))
     assert set(read) <= {(0, 3, 2), (0, 3, 3), (0, 2, 2), (0, 2, 3)}

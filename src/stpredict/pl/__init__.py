@@ -1,9 +1,5 @@
 """Pictures; all of them only read the data."""
 
-from stpredict.pl._expression import expression
-from stpredict.pl._history import history
-from stpredict.pl._scatter import scatter
-from stpredict.pl._scores import scores
-from stpredict.pl._stains import stains
+import lazy_loader
 
-__all__ = ["expression", "history", "scatter", "scores", "stains"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

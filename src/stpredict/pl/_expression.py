@@ -16,10 +16,12 @@ from matplotlib.lines import Line2D
 from scipy.spatial import cKDTree
 from spatialdata import SpatialData
 
-from stpredict._data.slide import Section, read_sections, read_table, section_name
+from stpredict._data.elements import Elements
+from stpredict._data.slide import Section, Slide, find_table, open_slide
 from stpredict.pl._axes import take_axes
-from stpredict.pl._gene import pcc_note, read_measured, read_predicted, seen_in_training
+from stpredict.pl._gene import Genes, choose_genes, pcc_note, read_measured, read_predicted, seen_in_training
 from stpredict.pl._sections import draw_scale_bar, micrometers_per_pixel
+from stpredict.pl._style import plain
 from stpredict.pl._tissue import View, tissue_in_view, view_of_spots
 
 # Values beyond these percentiles are off the colour scale: in legacy arrays some 3 % of the spots miss an abundant gene
@@ -34,7 +36,7 @@ _MISSING = "dimgray"
 
 def expression(
     sdata: SpatialData,
-    gene: str,
+    genes: Genes,
     *,
     key: str = "nsl",
     layer: str | None = None,
@@ -50,11 +52,12 @@ def expression(
     shapes_key: str | Sequence[str] | None = None,
     table_key: str | None = None,
     coordinate_system: str | None = None,
+    section_key: str | None = None,
     ax: Axes | Sequence[Axes] | np.ndarray | None = None,
 ) -> np.ndarray:
-    """Draw measured beside predicted expression of a gene, over the H&E image.
+    """Draw measured beside predicted expression of genes, over the H&E image.
 
-    A row for each section, with the columns measured and predicted; only predicted where the table has no expression.
+    A row for each gene and section, with the columns measured and predicted; only predicted where the table has no expression.
     The title of a predicted panel gives the gene's PCC over the section's spots, beside the highest within reach of any
     predictor where :func:`stpredict.tl.noise_ceiling` has found it, and says what kind of prediction it is:
     *training fit* when the model was fitted to these very spots (such a picture says little about the model),
@@ -65,18 +68,18 @@ def expression(
     ----------
     sdata
         Images, spots, and a table with predictions; nothing is written to it.
-    gene
-        One of ``var_names``.
+    genes
+        One or more of ``var_names``, a mask of all genes, or a boolean column of ``var``.
     key
         Predictions, a key of ``layers``.
     layer
         Measured expression, a key of ``layers`` or ``"X"``. `None` takes what the model was fitted to, if the table has
         it, else ``X``.
     sections
-        Which sections to draw, in this order: values of ``obs["section"]`` or keys of ``sdata.shapes``. `None` draws
+        Which sections to draw, in this order: names of sections or keys of ``sdata.shapes``. `None` draws
         all.
     shared_scale
-        One colour scale for all panels. A regression's predictions vary less than what was measured, and one scale
+        One color scale for all panels of a gene. A regression's predictions vary less than what was measured, and one scale
         shows it; `False` gives each panel its own scale and colour bar, to compare patterns alone.
     cmap
         Colour map.
@@ -92,13 +95,15 @@ def expression(
         Opacity of the image: below 1 it steps back behind the spots.
     image_key, shapes_key, table_key, coordinate_system
         Which elements to use, as in :func:`stpredict.pp.color_histogram`. `None` finds them.
+    section_key
+        Column of ``obs`` that names sections. `None` means the table's region column.
     ax
         Axes to draw on: as many as there are panels, row by row. `None` makes a figure.
 
     Returns
     -------
-    ``(n_sections, 2)`` axes, ``(n_sections, 1)`` without measured expression. Their data coordinates are those of the
-    section's coordinate system.
+    ``(n_genes * n_sections, 2)`` axes, gene by gene; a single column without measured expression. Their data coordinates are
+    those of the section's coordinate system.
 
     Raises
     ------
@@ -118,51 +123,64 @@ def expression(
     >>> axes.shape
     (2, 2)
     """
-    _, table = read_table(sdata, table_key)
-    predicted = read_predicted(table, gene, key)
-    measured = read_measured(table, gene, key, layer)
-    chosen = _choose_sections(
-        read_sections(sdata, table, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system),
-        table,
-        sections,
+    elements = Elements(
+        image_key=image_key,
+        shapes_key=shapes_key,
+        table_key=table_key,
+        coordinate_system=coordinate_system,
+        section_key=section_key,
     )
-    columns = {"predicted": predicted} if measured is None else {"measured": measured, "predicted": predicted}
-    rows = np.concatenate([section.rows for section in chosen])
-    shared = _scale([values[rows] for values in columns.values()], vmin, vmax) if shared_scale else None
-    views = [view_of_spots(section, sdata.images[section.image_key], _FOOTER) for section in chosen]
+    table = find_table(sdata, elements)
+    names = choose_genes(table, genes)
+    values = {gene: _read(table, gene, key, layer) for gene in names}
+    slide = open_slide(sdata, elements, images=True)
+    chosen = _choose_sections(slide, sections)
+    kinds = list(next(iter(values.values())))
+    views = [view_of_spots(section, _FOOTER) for section in chosen]
     axes = take_axes(
         ax,
-        len(chosen),
-        len(columns),
-        figsize=_figsize(views, len(columns), shared_scale),
+        len(names) * len(chosen),
+        len(kinds),
+        figsize=_figsize(views * len(names), len(kinds), shared_scale),
         layout="compressed",
-        height_ratios=[view.height / view.width for view in views],
+        height_ratios=[view.height / view.width for view in views] * len(names),
     )
-
-    for section, view, panels in zip(chosen, views, axes, strict=True):
-        tissue = tissue_in_view(section, sdata.images[section.image_key], view)
-        style = _Style(cmap, _growth(section) if size is None else size, alpha, img_alpha)
-        for (kind, values), panel in zip(columns.items(), panels, strict=True):
-            scale = shared or _scale([values[section.rows]], vmin, vmax)
-            _draw(panel, sdata, section, view, tissue, values[section.rows], scale.norm, style)
-            if kind == "measured":
-                note = f"{len(section.rows)} spots"
-            else:
-                note = " · ".join(_notes(table, gene, key, section, predicted, measured))
-            panel.set_title(f"{section_name(section, table)} · {gene} {kind}\n{note}", fontsize="medium")
-            if shared is None:
-                scale.draw_bar([panel], cmap, gene, fraction=0.05, pad=0.03)
-        if (mpp := micrometers_per_pixel(section, table)) is not None:
-            draw_scale_bar(panels[0], mpp / view.units_per_pixel)
-    if shared is not None:
-        shared.draw_bar(list(axes.flat), cmap, gene, shrink=max(0.85 / len(chosen), 0.25), aspect=18, pad=0.03)
+    backgrounds = [tissue_in_view(section, view) for section, view in zip(chosen, views, strict=True)]
+    rows = np.concatenate([section.rows for section in chosen])
+    for gene, of_gene in zip(names, axes.reshape(len(names), len(chosen), -1), strict=True):
+        shared = _scale([each[rows] for each in values[gene].values()], vmin, vmax) if shared_scale else None
+        for section, view, tissue, panels in zip(chosen, views, backgrounds, of_gene, strict=True):
+            style = _Style(cmap, _growth(section) if size is None else size, alpha, img_alpha)
+            for (kind, shown), panel in zip(values[gene].items(), panels, strict=True):
+                scale = shared or _scale([shown[section.rows]], vmin, vmax)
+                _draw(panel, sdata, section, view, tissue, shown[section.rows], scale.norm, style)
+                if kind == "measured":
+                    note = f"{len(section.rows)} spots"
+                else:
+                    note = " · ".join(_notes(slide, gene, key, section, shown, values[gene].get("measured")))
+                panel.set_title(plain(f"{slide.title(section)} · {gene} {kind}\n{note}"), fontsize="medium")
+                if shared is None:
+                    scale.draw_bar([panel], cmap, gene, fraction=0.05, pad=0.03)
+            if (mpp := micrometers_per_pixel(section, table)) is not None:
+                draw_scale_bar(panels[0], mpp / view.units_per_pixel)
+        if shared is not None:
+            shrink = max(0.85 / len(chosen), 0.25)
+            shared.draw_bar(list(of_gene.flat), cmap, gene, shrink=shrink, aspect=18, pad=0.03)
     return axes
 
 
-def _choose_sections(found: list[Section], table: AnnData, wanted: str | Sequence[str] | None) -> list[Section]:
+def _read(table: AnnData, gene: str, key: str, layer: str | None) -> dict[str, np.ndarray]:
+    """``(n_obs,)`` values by the title of their column."""
+    predicted = read_predicted(table, gene, key)
+    measured = read_measured(table, gene, key, layer)
+    return {"predicted": predicted} if measured is None else {"measured": measured, "predicted": predicted}
+
+
+def _choose_sections(slide: Slide, wanted: str | Sequence[str] | None) -> list[Section]:
+    found = list(slide.sections)
     if wanted is None:
         return found
-    names = [section_name(section, table) for section in found]
+    names = [slide.title(section) for section in found]
     by_name = {section.name: section for section in found} | dict(zip(names, found, strict=True))
     wanted = [wanted] if isinstance(wanted, str) else list(wanted)
     unknown = [name for name in wanted if name not in by_name]
@@ -172,15 +190,14 @@ def _choose_sections(found: list[Section], table: AnnData, wanted: str | Sequenc
 
 
 def _notes(
-    table: AnnData, gene: str, key: str, section: Section, predicted: np.ndarray, measured: np.ndarray | None
+    slide: Slide, gene: str, key: str, section: Section, predicted: np.ndarray, measured: np.ndarray | None
 ) -> Iterator[str]:
     """What the title says about the predictions of a section."""
-    rows = section.rows
-    if kind := seen_in_training(table, key, rows, predicted):
+    rows = section.rows[slide.in_tissue[section.rows]]
+    if kind := seen_in_training(slide.table, key, rows, predicted):
         yield kind
     if measured is not None:
-        names = [section_name(section, table)] * len(rows)
-        yield pcc_note(table, gene, key, rows, names, measured, predicted)
+        yield pcc_note(slide.table, gene, key, rows, [slide.title(section)] * len(rows), measured, predicted)
 
 
 class _Scale(NamedTuple):
@@ -191,7 +208,7 @@ class _Scale(NamedTuple):
 
     def draw_bar(self, axes: list[Axes], cmap: str | Colormap, gene: str, **where: Any) -> None:
         bar = axes[0].figure.colorbar(ScalarMappable(self.norm, cmap), ax=axes, extend=self.extend, **where)
-        bar.set_label(f"{gene} expression")
+        bar.set_label(plain(f"{gene} expression"))
         bar.outline.set_linewidth(0)
 
 
@@ -245,11 +262,17 @@ def _draw(
     panel = panel.pl.render_images("tissue", scale="full", alpha=style.img_alpha)
     if known.any():
         panel = panel.pl.render_shapes(
-            "known", color="expression", cmap=style.cmap, norm=norm, scale=style.size, fill_alpha=style.alpha
+            "known",
+            color="expression",
+            cmap=style.cmap,
+            norm=norm,
+            scale=style.size,
+            fill_alpha=style.alpha,
+            method="matplotlib",  # datashader, from 10,000 spots on, forgets the coordinate system
         )
     if not known.all():
         panel = panel.pl.render_shapes(
-            "missing", fill_alpha=0, outline_color=_MISSING, outline_width=0.8, scale=style.size
+            "missing", fill_alpha=0, outline_color=_MISSING, outline_width=0.8, scale=style.size, method="matplotlib"
         )
     panel.pl.show(coordinate_systems=section.coordinate_system, ax=ax, frameon=False, colorbar=False)
     ax.set(xlim=(view.x0, view.x1), ylim=(view.y1, view.y0))

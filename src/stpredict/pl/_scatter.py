@@ -18,28 +18,30 @@ from matplotlib.ticker import MaxNLocator
 from pandas.api.types import is_bool_dtype, is_numeric_dtype
 from spatialdata import SpatialData
 
-from stpredict._data.image import listed
+from stpredict._data.columns import read_mask
+from stpredict._data.compat import layer_names
+from stpredict._data.elements import Elements
+from stpredict._data.messages import listed
 from stpredict._data.provenance import training_rows
-from stpredict._data.slide import read_spots, read_table
+from stpredict._data.slide import Slide, open_slide
 from stpredict.pl._axes import take_axes
-from stpredict.pl._gene import pcc_note, read_measured, read_predicted, seen_in_training
-from stpredict.pl._style import DENSITY, HALO, PALETTE
-from stpredict.tl.evaluation.runs._parts import section_names
-from stpredict.tl.fitting._targets import row_mask
+from stpredict.pl._gene import Genes, choose_genes, pcc_note, read_measured, read_predicted, seen_in_training
+from stpredict.pl._style import DENSITY, HALO, PALETTE, plain
 
 # More points than that cover each other.
 _MAX_POINTS = 5000
 
 
 def scatter(
-    sdata: SpatialData,
-    genes: str | Sequence[str],
+    sdata: SpatialData | AnnData,
+    genes: Genes,
     *,
     key: str = "nsl",
     layer: str | None = None,
     spots: str | None = None,
     color: str | None = "section",
     table_key: str | None = None,
+    section_key: str | None = None,
     ncols: int = 4,
     ax: Axes | Sequence[Axes] | np.ndarray | None = None,
 ) -> np.ndarray:
@@ -56,20 +58,23 @@ def scatter(
     sdata
         Spots, and a table with expression and predictions; nothing is written to it.
     genes
-        One or more of ``var_names``.
+        One or more of ``var_names``, a mask of all genes, or a boolean column of ``var``.
     key
         Predictions, a key of ``layers``.
     layer
         Measured expression, a key of ``layers`` or ``"X"``. `None` takes what the model was fitted to, if the table has
         it, else ``X``.
     spots
-        A boolean column of ``obs`` that chooses spots, or ``"all"``. `None` leaves out the spots that the model was
-        fitted to, where the table tells and there are others.
+        A column of ``obs`` that is `True` for the spots to draw, or ``"all"``. `None` leaves out the spots that the model was
+        fitted to, where the table tells and there are others. Spots beside the tissue (``obs["in_tissue"]`` is 0) are left
+        out, unless a column chooses them.
     color
-        Column of ``obs`` that points are coloured by: names or numbers. ``"section"`` means the sections also where there
-        is no such column; `None` one colour. Of more than 5,000 spots the density is drawn instead.
+        Column of ``obs`` that points are coloured by: names or numbers. ``"section"`` means the sections; `None` one
+        colour. Of more than 5,000 spots the density is drawn instead.
     table_key
         Which table. `None` finds it.
+    section_key
+        Column of ``obs`` that names sections. `None` means the table's region column.
     ncols
         Panels side by side.
     ax
@@ -99,15 +104,13 @@ def scatter(
     >>> axes.shape
     (3,)
     """
-    _, table = read_table(sdata, table_key)
-    names = [genes] if isinstance(genes, str) else list(genes)
-    if not names:
-        raise ValueError("`genes` is empty; expected one or more of `var_names`.")
+    slide = open_slide(sdata, Elements(table_key=table_key, section_key=section_key), images=False)
+    table = slide.table
+    names = choose_genes(table, genes)
     if ncols < 1:
         raise ValueError(f"`ncols` is {ncols}; expected at least 1.")
-    sections = _section_names(sdata, table)
-    paint = _Paint.of(table, sections, color)
-    panels = [_read_panel(table, gene, key, layer, spots, sections) for gene in names]
+    paint = _Paint.of(table, slide.section_of, color)
+    panels = [_read_panel(slide, gene, key, layer, spots) for gene in names]
     ncols = min(ncols, len(panels)) if ax is None else len(panels)
     nrows = -(-len(panels) // ncols)
     axes = take_axes(
@@ -136,14 +139,15 @@ class _Panel(NamedTuple):
         return len(self.rows) > _MAX_POINTS
 
 
-def _read_panel(
-    table: AnnData, gene: str, key: str, layer: str | None, spots: str | None, sections: np.ndarray
-) -> _Panel:
+def _read_panel(slide: Slide, gene: str, key: str, layer: str | None, spots: str | None) -> _Panel:
+    table, sections = slide.table, slide.section_of
     predicted = read_predicted(table, gene, key)
     measured = read_measured(table, gene, key, layer)
     if measured is None:
-        raise ValueError(f"The table has no `X` to draw against; name one of {list(table.layers)} with `layer`.")
-    drawn = _choose_spots(table, key, spots, np.isfinite(predicted))
+        raise ValueError(
+            f"The table has no `X` to draw against; name one of {listed(layer_names(table))} with `layer`."
+        )
+    drawn = _choose_spots(slide, key, spots, np.isfinite(predicted))
     rows = np.flatnonzero(drawn & np.isfinite(measured) & (sections != ""))
     if not len(rows):
         which = "" if spots in (None, "all") else f" among those that `obs[{spots!r}]` chooses"
@@ -154,24 +158,14 @@ def _read_panel(
     return _Panel(gene, rows, measured[rows], predicted[rows], note)
 
 
-def _choose_spots(table: AnnData, key: str, spots: str | None, predicted: np.ndarray) -> np.ndarray:
+def _choose_spots(slide: Slide, key: str, spots: str | None, predicted: np.ndarray) -> np.ndarray:
     """Rows with a prediction that are to be drawn."""
-    if spots == "all":
-        return predicted
-    if spots is not None:
-        return predicted & row_mask(table, spots, "True for spots to draw")
-    training = training_rows(table, key, predicted)
-    held_out = predicted if training is None else predicted & ~training.rows
+    if spots is not None and spots != "all":
+        return predicted & read_mask(slide.table.obs, spots, where="obs", expected="True for spots to draw")
+    predicted = predicted & slide.in_tissue
+    training = None if spots == "all" else training_rows(slide.table, key)
+    held_out = predicted if training is None else predicted & ~training
     return held_out if held_out.any() else predicted
-
-
-def _section_names(sdata: SpatialData, table: AnnData) -> np.ndarray:
-    """``(n_obs,)`` which section a row belongs to; empty where the row has no spot."""
-    found = read_spots(sdata, table)
-    labels = np.full(table.n_obs, "", dtype=object)
-    for spots, name in zip(found, section_names(found, table), strict=True):
-        labels[spots.rows] = name
-    return labels
 
 
 class _Paint(NamedTuple):
@@ -186,10 +180,10 @@ class _Paint(NamedTuple):
     def of(cls, table: AnnData, sections: np.ndarray, color: str | None) -> _Paint:
         if color is None:
             return cls(np.tile(to_rgba(PALETTE[0]), (table.n_obs, 1)))
-        if color in table.obs:
-            column = table.obs[color]
-        elif color == "section":
+        if color == "section":
             column = pd.Series(sections)
+        elif color in table.obs:
+            column = table.obs[color]
         else:
             raise KeyError(f"No column {color!r} in `obs`; it has {listed(table.obs.columns)}.")
         if is_numeric_dtype(column) and not is_bool_dtype(column):
@@ -206,15 +200,17 @@ class _Paint(NamedTuple):
         """Legend of the rows' names, or the scale, to the right of a panel."""
         if self.scale is not None:
             bar = ax.figure.colorbar(self.scale, ax=ax, fraction=0.05, pad=0.03)
-            bar.set_label(label, fontsize="small")
+            bar.set_label(plain(label), fontsize="small")
             bar.ax.tick_params(labelsize="small")
         if self.names is not None:
             there = set(self.names[rows])
             shown = {name: color for name, color in self.palette.items() if name in there}
-            handles = [Line2D([], [], linestyle="", marker="o", color=c, label=name) for name, c in shown.items()]
+            handles = [
+                Line2D([], [], linestyle="", marker="o", color=c, label=plain(name)) for name, c in shown.items()
+            ]
             ax.legend(
                 handles=handles,
-                title=label,
+                title=plain(label),
                 loc="upper left",
                 bbox_to_anchor=(1.01, 1),
                 frameon=False,
@@ -254,7 +250,7 @@ def _draw(ax: Axes, panel: _Panel, paint: _Paint) -> None:
         )
     ax.text(0.03, 0.97, n, transform=ax.transAxes, ha="left", va="top", fontsize="x-small", path_effects=[HALO])
     ax.set(xlim=limits, ylim=limits, aspect="equal")
-    ax.set_title(panel.gene, fontsize="medium", style="italic", pad=17)
+    ax.set_title(plain(panel.gene), fontsize="medium", style="italic", pad=17)
     ax.text(0.5, 1.02, panel.note, transform=ax.transAxes, ha="center", va="bottom", fontsize="x-small")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))

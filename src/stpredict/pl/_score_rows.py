@@ -17,8 +17,8 @@ from scipy.optimize import isotonic_regression
 from scipy.stats import gaussian_kde
 
 from stpredict.pl._score_values import ModelScores, sections_of
-from stpredict.pl._style import BASELINE, CEILING, CEILING_MEDIAN, HALO, MARKERS, PALETTE, number
-from stpredict.tl.evaluation.runs._baselines import TRAINING_MEAN
+from stpredict.pl._style import BASELINE, CEILING, CEILING_MEDIAN, HALO, MARKERS, PALETTE, number, plain
+from stpredict.tl.evaluation.numbers._labels import TRAINING_MEAN
 
 # Fewer values make no density.
 _DENSITY = 20
@@ -78,7 +78,7 @@ def draw_rows(
     handles += draw_ceiling(ceiling, ax.axvspan, ax.axvline)
     for at, model, color in zip(y, models, colors(models), strict=True):
         values, ink = model.of_each().to_numpy(), "0.4" if model.is_baseline else "black"
-        _write(ax, -0.02, at, textwrap.fill(model.name, 18, break_long_words=False), "right", color=ink)
+        _write(ax, -0.02, at, plain(textwrap.fill(model.name, 18, break_long_words=False)), "right", color=ink)
         if len(values):
             _draw_values(ax, at, values, low, high, color)
             _draw_center(ax, at, model, ink)
@@ -131,7 +131,7 @@ def _draw_references(ax: Axes, references: list[ModelScores]) -> list[Line2D]:
     for model, style in zip(references, _STYLES, strict=False):
         ax.axvline(model.center(), color="0.35", linewidth=1, linestyle=style, zorder=1.5)
         note = ": gene means alone" if model.name == TRAINING_MEAN else " (median)"
-        handles.append(Line2D([], [], color="0.35", linewidth=1, linestyle=style, label=model.name + note))
+        handles.append(Line2D([], [], color="0.35", linewidth=1, linestyle=style, label=plain(model.name + note)))
     return handles
 
 
@@ -201,7 +201,9 @@ def _name_genes(ax: Axes, y: np.ndarray, models: list[ModelScores], genes: list[
 
     # Side by side where there is room, else upright; as near to their marks as they can be without overlap.
     ax.figure.canvas.figure.draw_without_rendering()
-    labels = [ax.text(0, 1, gene, transform=ax.transAxes, fontsize="x-small", style="italic") for gene, *_ in tops]
+    labels = [
+        ax.text(0, 1, plain(gene), transform=ax.transAxes, fontsize="x-small", style="italic") for gene, *_ in tops
+    ]
     boxes = [label.get_window_extent() for label in labels]
     widths = np.array([box.width for box in boxes]) + 1.5 * boxes[0].height
     upright = widths.sum() > ax.bbox.width

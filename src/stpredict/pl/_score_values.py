@@ -8,13 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 
-from stpredict._data.image import listed
+from stpredict._data.messages import listed
 from stpredict.tl.evaluation.numbers._bootstrap import bootstrap_interval
-from stpredict.tl.evaluation.numbers._scores import POOLED
-from stpredict.tl.evaluation.runs._baselines import SECTION_MEAN, TRAINING_MEAN
-from stpredict.tl.evaluation.runs._parts import MEAN
+from stpredict.tl.evaluation.numbers._labels import MEAN, POOLED, POSITION, SECTION_MEAN, TRAINING_MEAN
 
-_POSITION = "position"
 _N_BOOTSTRAP = 1000
 _COLUMNS = ("model", "of", "name", "section", "group")
 
@@ -189,6 +186,6 @@ def references(models: list[ModelScores], metric: str, of: str) -> list[ModelSco
         return []
     sign = 1 if best == "max" else -1
     known = [model for model in models if model.is_baseline and np.isfinite(model.center())]
-    blind = [model for model in known if model.name == TRAINING_MEAN or (of == "gene" and model.name == _POSITION)]
-    seeing = [model for model in known if model.name not in (TRAINING_MEAN, SECTION_MEAN, _POSITION)]
+    blind = [model for model in known if model.name == TRAINING_MEAN or (of == "gene" and model.name == POSITION)]
+    seeing = [model for model in known if model.name not in (TRAINING_MEAN, SECTION_MEAN, POSITION)]
     return [max(part, key=lambda model: sign * model.center()) for part in (blind, seeing) if part]

@@ -25,7 +25,7 @@ from stpredict.pl._score_values import (
     references,
     sections_of,
 )
-from stpredict.pl._style import MARKERS, number
+from stpredict.pl._style import MARKERS, number, plain
 
 Kind = Literal["genes", "rank", "sections", "spots"]
 _CORRELATIONS = ("pcc", "spearman", "pcc_of_ceiling")
@@ -102,7 +102,7 @@ def scores(
     >>> model = stp.tl.fit_nsl(sdata, train_key="train")
     >>> ax = stp.pl.scores(stp.tl.score(sdata, layer="nsl"))
     >>> ax.get_xlabel().splitlines()
-    ['per-gene PCC', '(section S2)']
+    ['per-gene PCC', '(section S2_spots)']
     """
     if kind not in get_args(Kind):
         raise ValueError(f"`kind` is {kind!r}; expected one of {list(get_args(Kind))}.")
@@ -122,7 +122,7 @@ def scores(
         _draw_ranks(ax, found, ceiling, marked)
         ax.set_ylabel(_label(what, found[0].parts, of), fontsize="small")
     elif kind == "sections":
-        ax = take_single_axes(ax, 2.8 + 0.48 * len(found[0].parts), 0.9 + 0.34 * len(found))
+        ax = take_single_axes(ax, max(2.8 + 0.48 * len(found[0].parts), 5), 0.9 + 0.34 * len(found))
         _draw_sections(ax, found, reverse=METRICS[metric].best == "min")
         ax.set_title(f"{what}\nmedian over {of}s", fontsize="medium")
     else:
@@ -145,7 +145,7 @@ def _label(what: str, parts: list[str], of: str) -> str:
     if parts == [POOLED]:
         return f"{what}\n(all sections pooled)"
     if len(parts) == 1:
-        return f"{what}\n(section {parts[0]})"
+        return plain(f"{what}\n(section {parts[0]})")
     n = f"{len(parts)} sections" if len(sections_of(parts)) == len(parts) else f"{len(parts)} parts of sections"
     return f"{what}\n({'mean of ' if of == 'gene' else ''}{n})"
 
@@ -157,16 +157,18 @@ def _draw_ranks(ax: Axes, models: list[ModelScores], ceiling: pd.Series, genes: 
     for model, color in zip(models, colors(models), strict=True):
         ranked = model.of_each().sort_values(ascending=False)
         if ranked.empty:
-            handles.append(Line2D([], [], linestyle="", label=f"{model.name} (no value)"))
+            handles.append(Line2D([], [], linestyle="", label=plain(f"{model.name} (no value)")))
             continue
         rank = np.arange(1, len(ranked) + 1)
-        handles += ax.plot(rank, ranked, linestyle=next(styles[color]), color=color, label=model.name, linewidth=1.4)
+        handles += ax.plot(
+            rank, ranked, linestyle=next(styles[color]), color=color, label=plain(model.name), linewidth=1.4
+        )
         for gene, marker in zip(genes, cycle(MARKERS), strict=False):
             at = ranked.index == gene
             ax.plot(rank[at], ranked[at], marker, color=color, markersize=5, markeredgecolor="black", zorder=3)
     handles += draw_ceiling(ceiling, ax.axhspan, ax.axhline)
     handles += [
-        Line2D([], [], linestyle="", marker=marker, markerfacecolor="none", markeredgecolor="black", label=gene)
+        Line2D([], [], linestyle="", marker=marker, markerfacecolor="none", markeredgecolor="black", label=plain(gene))
         for gene, marker in zip(genes, cycle(MARKERS), strict=False)
     ]
     ax.axhline(0, color="0.8", linewidth=0.8, zorder=0.8)
@@ -192,8 +194,10 @@ def _draw_sections(ax: Axes, models: list[ModelScores], *, reverse: bool) -> Non
         text = number(value) if np.isfinite(value) else "–"
         ax.text(j, i, text, color="white" if dark else "black", ha="center", va="center", fontsize="small")
     long = max(map(len, table.columns)) > 6
-    ax.set_xticks(np.arange(len(table.columns)), table.columns, fontsize="small", rotation=90 if long else 0)
-    ax.set_yticks(np.arange(len(models)), list(table.index), fontsize="small")
+    ax.set_xticks(
+        np.arange(len(table.columns)), list(map(plain, table.columns)), fontsize="small", rotation=90 if long else 0
+    )
+    ax.set_yticks(np.arange(len(models)), list(map(plain, table.index)), fontsize="small")
     for label, model in zip(ax.get_yticklabels(), models, strict=True):
         label.set_color("0.45" if model.is_baseline else "black")
     ax.axvline(len(table.columns) - 1.5, color="white", linewidth=4)

@@ -10,16 +10,15 @@ from matplotlib.axes import Axes
 from matplotlib.font_manager import FontProperties
 from mpl_toolkits.axes_grid1.anchored_artists import AnchoredSizeBar  # type: ignore[import-untyped]
 
-from stpredict._data.slide import Section, section_name
+from stpredict._data.slide import Section
 
 
 def micrometers_per_pixel(section: Section, table: AnnData) -> float | None:
-    """Micrometres per pixel of the section's image, where a data set has left them in ``uns[...]["mpp"]``."""
-    name = section_name(section, table)
+    """Micrometers per pixel of the section's image, where a data set has left them in ``uns[...]["mpp"]``."""
     for entry in table.uns.values():
         known = entry.get("mpp") if isinstance(entry, Mapping) else None
-        if isinstance(known, Mapping) and name in known:
-            return float(known[name])
+        if isinstance(known, Mapping) and section.name in known:
+            return float(known[section.name])
     return None
 
 
@@ -30,7 +29,7 @@ def draw_scale_bar(ax: Axes, micrometers_per_unit: float) -> None:
     ----------
     ax
         Its limits are final.
-    micrometres_per_unit
+    micrometers_per_unit
         Of the data coordinates.
     """
     x0, x1 = ax.get_xlim()

@@ -11,9 +11,13 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Circle, Rectangle
 from spatialdata import SpatialData
 
-from stpredict._data.slide import Section, read_sections, read_table, section_name
+from stpredict._data.compat import layer_names
+from stpredict._data.elements import Elements
+from stpredict._data.slide import Section, Slide, find_table, open_slide
 from stpredict.pl._axes import take_axes
+from stpredict.pl._gene import Genes, choose_genes, read_column
 from stpredict.pl._sections import draw_scale_bar, micrometers_per_pixel
+from stpredict.pl._style import plain
 from stpredict.pp._histogram import optical_density
 from stpredict.pp._tiles import to_uint8
 
@@ -26,7 +30,7 @@ _DEPARTURE = 0.5
 
 def stains(
     sdata: SpatialData,
-    genes: str | Sequence[str],
+    genes: Genes,
     *,
     key: str = "nsl",
     spot: str | None = None,
@@ -34,6 +38,7 @@ def stains(
     shapes_key: str | Sequence[str] | None = None,
     table_key: str | None = None,
     coordinate_system: str | None = None,
+    section_key: str | None = None,
     ax: Axes | Sequence[Axes] | np.ndarray | None = None,
 ) -> np.ndarray:
     """Draw the stains that Neural Stain Learning has learned for genes.
@@ -55,7 +60,7 @@ def stains(
         Images, spots, and a table that :func:`stpredict.tl.fit_nsl` or :func:`stpredict.tl.predict` has written to;
         nothing is written to it.
     genes
-        One or more of the modelled genes.
+        One or more of the modelled genes, a mask of the table's genes, or a boolean column of ``var``.
     key
         Where the results are in ``uns``.
     spot
@@ -63,6 +68,8 @@ def stains(
         those whose patch lies on the image.
     image_key, shapes_key, table_key, coordinate_system
         Which elements to use, as in :func:`stpredict.pp.color_histogram`. `None` finds them.
+    section_key
+        Column of ``obs`` that names sections. `None` means the table's region column.
     ax
         Axes to draw on: five for each gene, row by row. `None` makes a figure.
 
@@ -93,12 +100,17 @@ def stains(
     >>> axes.shape
     (2, 5)
     """
-    _, table = read_table(sdata, table_key)
-    learned = [_learned(table, key, gene) for gene in ([genes] if isinstance(genes, str) else list(genes))]
-    sections = read_sections(
-        sdata, table, image_key=image_key, shapes_key=shapes_key, coordinate_system=coordinate_system
+    elements = Elements(
+        image_key=image_key,
+        shapes_key=shapes_key,
+        table_key=table_key,
+        coordinate_system=coordinate_system,
+        section_key=section_key,
     )
-    sites = [_find_site(sections, table, key, gene.name, spot) for gene in learned]
+    table = find_table(sdata, elements)
+    learned = [_learned(table, key, gene) for gene in choose_genes(table, genes)]
+    slide = open_slide(sdata, elements, images=True)
+    sites = [_find_site(slide.sections, table, key, gene.name, spot) for gene in learned]
     axes = take_axes(
         ax,
         len(learned),
@@ -111,7 +123,7 @@ def stains(
     for gene, site, row in zip(learned, sites, axes, strict=True):
         _draw_vectors(row[0], gene)
         _draw_weights(row[1], gene, heaviest)
-        _draw_patch(row[2:], gene, site, table)
+        _draw_patch(row[2:], gene, site, slide)
     return axes
 
 
@@ -151,10 +163,10 @@ def _learned(table: AnnData, key: str, gene: str) -> _Gene:
         raise ValueError(f"`uns[{key!r}]` has no stains; expected what `stp.tl.fit_nsl` writes there, with {needed}.")
     names = [str(name) for name in entry["genes"]]
     if gene not in names:
-        modelled = f"`uns[{key!r}]` has {len(names)} genes, such as {names[:8]}."
+        modeled = f"`uns[{key!r}]` has {len(names)} genes, such as {names[:8]}."
         if gene in table.var_names:
-            raise ValueError(f"The gene {gene!r} is in the table but was not modelled; {modelled}")
-        raise KeyError(f"No gene {gene!r}; {modelled}")
+            raise ValueError(f"The gene {gene!r} is in the table but was not modeled; {modeled}")
+        raise KeyError(f"No gene {gene!r}; {modeled}")
     i = names.index(gene)
     return _Gene(
         gene,
@@ -185,7 +197,7 @@ class _Site(NamedTuple):
         return y.start >= 0 and x.start >= 0 and y.stop <= self.section.height and x.stop <= self.section.width
 
 
-def _find_site(sections: list[Section], table: AnnData, key: str, gene: str, spot: str | None) -> _Site:
+def _find_site(sections: Sequence[Section], table: AnnData, key: str, gene: str, spot: str | None) -> _Site:
     if spot is not None:
         if spot not in table.obs_names:
             raise KeyError(f"No spot {spot!r} in `obs_names`, which are such as {list(table.obs_names[:5])}.")
@@ -196,11 +208,11 @@ def _find_site(sections: list[Section], table: AnnData, key: str, gene: str, spo
                     return site
         raise ValueError(f"The patch around the spot {spot!r} is not wholly on an image; choose another `spot`.")
 
-    if key not in table.layers or gene not in table.var_names:
+    if key not in layer_names(table) or gene not in table.var_names:
         raise ValueError(
             f"The table has no predictions `layers[{key!r}]` of {gene!r} to choose a spot by. Name one with `spot`."
         )
-    predicted = np.asarray(table.layers[key][:, table.var_names.get_loc(gene)], dtype=np.float64)
+    predicted = read_column(table, gene, key)
     sites = [_Site(section, i) for section in sections for i in range(len(section.rows))]
     heights = np.array([predicted[site.section.rows[site.i]] for site in sites])
     for best in np.argsort(-np.where(np.isfinite(heights), heights, -np.inf)):
@@ -231,7 +243,7 @@ def _draw_vectors(ax: Axes, gene: _Gene) -> None:
     ax.text(0, 3.9, "less", ha="left", va="top", fontsize="x-small")
     ax.text(1.94, 3.9, "more", ha="right", va="top", fontsize="x-small")
     ax.set(xlim=(-1.2, 2.45), ylim=(4.3, -0.5), aspect="auto")
-    ax.set_title(gene.name, fontweight="bold", fontsize="medium")
+    ax.set_title(plain(gene.name), fontweight="bold", fontsize="medium")
     ax.axis("off")
 
 
@@ -258,18 +270,18 @@ def _draw_weights(ax: Axes, gene: _Gene, heaviest: float) -> None:
         ax.spines[side].set_visible(False)
 
 
-def _draw_patch(axes: np.ndarray, gene: _Gene, site: _Site, table: AnnData) -> None:
+def _draw_patch(axes: np.ndarray, gene: _Gene, site: _Site, slide: Slide) -> None:
     section, (y, x) = site.section, site.window
     rgb = to_uint8(section.pixels[:, y, x].compute(), section.channels, section.image_key).transpose(1, 2, 0)
     concentrations = np.maximum(optical_density(rgb) @ gene.unmixing, 0)
-    name, spot = section_name(section, table), str(table.obs_names[section.rows[site.i]])
+    name, spot = slide.title(section), str(slide.table.obs_names[section.rows[site.i]])
     name = spot if spot.startswith(name) else f"{name} · {spot}"
     split = [_color(concentrations[..., [s]] * gene.stain_matrix[s]) for s in range(2)]
     for ax, picture, title in zip(axes, [rgb, *split], [name, *_STAINS[:2]], strict=True):
         ax.imshow(picture)
-        ax.set_title(title, fontsize="medium")
+        ax.set_title(plain(title), fontsize="medium")
         ax.axis("off")
     center = section.centers[site.i] - (x.start, y.start) - 0.5  # imshow puts a pixel's centre at a whole number
     axes[0].add_patch(Circle(center, section.diameters[site.i] / 2, facecolor="none", edgecolor="white", linewidth=1.2))
-    if (mpp := micrometers_per_pixel(section, table)) is not None:
+    if (mpp := micrometers_per_pixel(section, slide.table)) is not None:
         draw_scale_bar(axes[0], mpp)

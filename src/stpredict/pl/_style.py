@@ -19,3 +19,8 @@ HALO = withStroke(linewidth=2.5, foreground="white")
 def number(value: float) -> str:
     """Two decimals, a true minus, and no negative zero."""
     return f"{value:z.2f}".replace("-", "−")
+
+
+def plain(text: str) -> str:
+    """Names as they are: a dollar sign begins no formula."""
+    return text.replace("$", r"\$")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import dask.array as da
 import numpy as np
 import xarray as xr
 from spatialdata.models import Image2DModel
-from spatialdata.transformations import Affine, get_transformation
+from spatialdata.transformations import Affine
 
+from stpredict._data.image import Level, apply_affine
 from stpredict._data.slide import Section
 from stpredict.pp._tiles import to_uint8
 
@@ -39,67 +40,43 @@ class View(NamedTuple):
         return self.y1 - self.y0
 
 
-def view_of_spots(section: Section, image: xr.DataArray | xr.DataTree, footer: float) -> View:
-    """The spots with some room around them.
-
-    Parameters
-    ----------
-    section
-        Its centres are in pixels of the full resolution.
-    image
-        The section's image.
-    footer
-        Room to keep free below, as part of the height.
-    """
-    to_world = _affine(_levels(image)[0], section.coordinate_system)
+def view_of_spots(section: Section, footer: float) -> View:
+    """The spots with some room around them, and ``footer`` of the height free below."""
+    to_world = section.levels[0].to_world
     units_per_pixel = float(np.sqrt(abs(np.linalg.det(to_world[:2, :2]))))
-    centers = section.centers @ to_world[:2, :2].T + to_world[:2, 2]
+    centers = apply_affine(to_world, section.centers)
     margin = (0.5 + _MARGIN) * float(section.diameters.max()) * units_per_pixel
     (x0, y0), (x1, y1) = centers.min(axis=0) - margin, centers.max(axis=0) + margin
     return View(x0, x1, y0, y1 + footer * (y1 - y0), units_per_pixel)
 
 
-def tissue_in_view(section: Section, image: xr.DataArray | xr.DataTree, view: View) -> xr.DataArray:
+def tissue_in_view(section: Section, view: View) -> xr.DataArray:
     """Cut the view out of the coarsest level that is sharp enough; 8-bit RGB, placed in the coordinate system.
 
     spatialdata-plot would choose a level for the whole image, which is too coarse for a section that covers a small
     part of a slide, and would read an image of a single scale in full.
     """
-    for level in reversed(_levels(image)):
-        to_world = _affine(level, section.coordinate_system)
-        x, y = _pixels_in_view(to_world, view, level)
+    for level in reversed(section.levels):
+        x, y = _pixels_in_view(level, view)
         longer = max(x.stop - x.start, y.stop - y.start)
         if longer >= _SHARP_PX:
             break
-    pixels = da.asarray(level.data)[:, y, x]
+    pixels = level.pixels[:, y, x]
     step = max(1, longer // _SHARP_PX)
     if step > 1:
         pixels = da.coarsen(np.mean, pixels, {1: step, 2: step}, trim_excess=True).astype(pixels.dtype)
     rgb = to_uint8(pixels.compute(), section.channels, section.image_key)
     from_crop = np.array([[step, 0, x.start], [0, step, y.start], [0, 0, 1]])
-    placed = Affine(to_world @ from_crop, input_axes=("x", "y"), output_axes=("x", "y"))
+    placed = Affine(level.to_world @ from_crop, input_axes=("x", "y"), output_axes=("x", "y"))
     return Image2DModel.parse(
         rgb, dims=("c", "y", "x"), c_coords=["r", "g", "b"], transformations={section.coordinate_system: placed}
     )
 
 
-def _levels(image: xr.DataArray | xr.DataTree) -> list[xr.DataArray]:
-    """Finest first."""
-    if isinstance(image, xr.DataTree):
-        found = [next(iter(scale.ds.values())) for scale in image.children.values()]
-    else:
-        found = [image]
-    return [level.transpose("c", "y", "x") for level in found]
-
-
-def _affine(element: Any, coordinate_system: str) -> np.ndarray:
-    return np.asarray(get_transformation(element, coordinate_system).to_affine_matrix(("x", "y"), ("x", "y")))
-
-
-def _pixels_in_view(to_world: np.ndarray, view: View, level: xr.DataArray) -> tuple[slice, slice]:
+def _pixels_in_view(level: Level, view: View) -> tuple[slice, slice]:
     corners = np.array([[x, y, 1] for x in (view.x0, view.x1) for y in (view.y0, view.y1)])
-    x, y = np.linalg.solve(to_world, corners.T)[:2]
-    return _clipped(x, level.sizes["x"]), _clipped(y, level.sizes["y"])
+    x, y = np.linalg.solve(level.to_world, corners.T)[:2]
+    return _clipped(x, level.pixels.shape[2]), _clipped(y, level.pixels.shape[1])
 
 
 def _clipped(positions: np.ndarray, size: int) -> slice:

@@ -1,0 +1,3 @@
+from ._predictions import predictions
+
+__all__ = ["predictions"]
