@@ -19,7 +19,7 @@ import pandas as pd
 import scipy.sparse as sp
 
 import stpredict as stp
-from stpredict.tl.evaluation.runs._noise_ceiling import _correlate_halves, ceiling
+from stpredict.tl.evaluation.numbers._ceiling import ceiling, correlate_halves
 
 SECTIONS, N_GENES, MIN_COUNTS, SPREADS, N_DRAWS, N_REPEATS = (
     ["C2", "C3", "C4", "C5"],
@@ -71,7 +71,7 @@ def simulated(counts: sp.csr_matrix, panel: np.ndarray, spread: float) -> list[d
     estimates = []
     for drawn in draws[:N_REPEATS]:
         rest = np.maximum(total - drawn.sum(axis=1), 0)
-        halves = _correlate_halves(sp.csr_matrix(np.column_stack([drawn, rest])), np.arange(len(panel)), 20, rng)
+        halves = correlate_halves(sp.csr_matrix(np.column_stack([drawn, rest])), np.arange(len(panel)), 20, rng)
         found = ceiling(halves)
         estimates.append(np.stack([found.value, found.error]))
     value, error = np.mean(estimates, axis=0)

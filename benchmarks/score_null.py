@@ -27,7 +27,7 @@ from scipy.spatial import cKDTree
 import stpredict as stp
 from stpredict._data.slide import read_spots
 from stpredict.tl.evaluation.numbers._null import permutation_p_values
-from stpredict.tl.evaluation.runs._parts import Part
+from stpredict.tl.evaluation.numbers._parts import Part
 
 N_GENES, N_DRAWS, LEVEL = 1000, 199, 0.05
 LENGTHS = (0, 1, 2, 4, 8)  # of correlation, in spots
@@ -103,9 +103,8 @@ def by_modes(
     """P-values of `stp.tl.score`."""
     ends = np.cumsum([0, *(len(xy) for xy in sections)])
     parts = [Part("", "", np.arange(a, b), xy) for a, b, xy in zip(ends[:-1], ends[1:], sections, strict=True)]
-    return permutation_p_values(
-        np.concatenate(x), np.concatenate(y), np.arange(N_GENES), parts, n_perms=N_DRAWS, rng=rng
-    )
+    predictions = {"": np.concatenate(y)}
+    return permutation_p_values(np.concatenate(x), predictions, np.arange(N_GENES), parts, n_perms=N_DRAWS, rng=rng)[""]
 
 
 def main() -> None:

@@ -98,12 +98,14 @@ def ceiling() -> Callable[[], dict[str, Any]]:
 
 def bounds() -> Callable[[], dict[str, Any]]:
     """Seconds for parts of the work on all genes, from a few of them."""
-    from stpredict.tl.evaluation.numbers._metrics import Pairs, gene_metrics, neighbor_graph, ranks
-    from stpredict.tl.evaluation.runs._parts import by_gene, by_spot, slices
+    from stpredict.tl.evaluation.numbers._metrics import correlation, gene_metrics, neighbor_graph
+    from stpredict.tl.evaluation.numbers._parts import by_gene, by_spot, slices
+    from stpredict.tl.evaluation.numbers._sides import Measured, Side, Span, centered_ranks
 
     sdata = slide(1)
     table, rows, columns = sdata["table"], np.arange(N_SPOTS), np.arange(N_GENES)
     graph = neighbor_graph(np.column_stack([sdata.shapes["s0"].geometry.x, sdata.shapes["s0"].geometry.y]))
+    spans = [Span(slice(None), graph)]
     read = by_gene(table.X, rows, columns), by_gene(table.layers["predicted"], rows, columns)
     read_spots = by_spot(table.X, rows, columns), by_spot(table.layers["predicted"], rows, columns)
     chunks = slices(N_GENES, N_SPOTS)[:: N_GENES // N_SPOTS * 3]
@@ -122,10 +124,10 @@ def bounds() -> Callable[[], dict[str, Any]]:
 
         for chunk in chunks:
             x, y = timed("read", lambda chunk=chunk: (read[0](chunk), read[1](chunk)))
-            timed("all_scores", lambda x=x, y=y: gene_metrics(x, y, graph))
+            timed("all_scores", lambda x=x, y=y: gene_metrics(*Measured(x, spans).beside(y)[0]))
             timed("sort", lambda x=x, y=y: (np.argsort(x), np.argsort(y)))
-            timed("sort_and_rank", lambda x=x, y=y: (ranks(x), ranks(y)))
-            timed("pcc_alone", lambda x=x, y=y: Pairs(x, y).correlation())
+            timed("sort_and_rank", lambda x=x, y=y: (centered_ranks(x), centered_ranks(y)))
+            timed("pcc_alone", lambda x=x, y=y: correlation(Side(x), Side(y)))
             timed(
                 "graph_product", lambda x=x, y=y: (graph @ np.ascontiguousarray(x.T), graph @ np.ascontiguousarray(y.T))
             )
