@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 
@@ -21,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 MODULES: dict[str, ModuleType] = {name: getattr(stp, name) for name in stp.__all__}
 PUBLIC = [f"{module}.{name}" for module, content in MODULES.items() for name in content.__all__]
 SYNTHETIC = stp.datasets.synthetic
-PAGES = ["README.md", "docs/explanation/data.md"]
+PAGES = ["README.md", "docs/index.md", "docs/explanation/data.md"]
 
 
 def public_object(name: str) -> object:
@@ -153,14 +154,20 @@ class ShownOutput(doctest.OutputChecker):
         return not want or super().check_output(want, got, optionflags)
 
 
-def small_synthetic(*, n_spots: int, random_state: int = 0) -> SpatialData:
+@cache
+def made(n_sections: int, n_spots: int, random_state: int) -> SpatialData:
+    return SYNTHETIC(n_sections, n_spots=n_spots, n_genes=8, random_state=random_state)
+
+
+def small_synthetic(n_sections: int = 2, *, n_spots: int, random_state: int = 0) -> SpatialData:
     """Examples are about what is called, not about the data."""
-    return SYNTHETIC(n_spots=min(n_spots, 25), n_genes=8, random_state=random_state)
+    sdata = made(n_sections, min(n_spots, 20), random_state)
+    return SpatialData(dict(sdata.images), shapes=dict(sdata.shapes), tables={"table": sdata["table"].copy()})
 
 
 def small_her2st(sections: Sequence[str]) -> SpatialData:
     """Synthetic sections under the names of real ones."""
-    sdata = SYNTHETIC(len(sections), n_spots=25, n_genes=8)
+    sdata = small_synthetic(len(sections), n_spots=20)
     table = sdata["table"]
     table.obs["section"] = table.obs["section"].cat.rename_categories(list(sections))
     table.var_names = ["ERBB2", *table.var_names[1:]]

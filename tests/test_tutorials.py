@@ -15,16 +15,16 @@ NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
 # What replaces the cell tagged "parameters": the same story on small synthetic sections.
 PARAMETERS = {
     "evaluation_her2": """
-sdata = stp.datasets.synthetic(n_spots=200, n_genes=20)
-n_genes = 20
+sdata = stp.datasets.synthetic(n_spots=100, n_genes=10)
+n_genes = 10
 genes = ["stain_01", "noise_01"]
 shown = ["S2"]
 """,
     "nsl_her2": """
-sdata = stp.datasets.synthetic(n_spots=60, n_genes=20)
+sdata = stp.datasets.synthetic(n_spots=30, n_genes=10)
 held_out = "S2"
 gene = "stain_01"
-n_genes = 20
+n_genes = 10
 """,
 }
 
