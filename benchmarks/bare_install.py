@@ -32,7 +32,7 @@ PRESENT = [
         "tifffile",
         "toolz",
     ),
-    *("tqdm", "typer", "wrapt", "xarray"),
+    *("tqdm", "typer", "wrapt", "xarray", "xxhash"),
 ]
 CHECK = """
 import importlib, importlib.util, pkgutil, warnings
