@@ -89,8 +89,9 @@ def measure(checkout: Path, out: Path, options: list[str]) -> dict[str, Any]:
     command = [sys.executable, str(Path(__file__).resolve()), "--run", str(out), *options]
     subprocess.run(command, env=environment, check=True, stderr=subprocess.PIPE)
     found: dict[str, Any] = json.loads(out.read_text())
-    if Path(found["from"]).resolve() != checkout.resolve():
-        raise SystemExit(f"Asked for {checkout}, but {found['from']} was imported.")
+    imported = found.pop("from")
+    if Path(imported).resolve() != checkout.resolve():
+        raise SystemExit(f"Asked for {checkout}, but {imported} was imported.")
     return found
 
 
@@ -200,7 +201,13 @@ def main() -> None:
                     times.setdefault(name, []).append(run)
                     print(f"{name}: {run['cpu']:.2f} CPU s", file=sys.stderr, flush=True)
         found = compare(folder / "this", folder / "other") if arguments.against else None
-    what = {"sections": SECTIONS, "genes": N_GENES, "n_perms": arguments.n_perms, "n_bootstrap": arguments.n_bootstrap}
+    what = {
+        "against": arguments.against,
+        "sections": SECTIONS,
+        "genes": N_GENES,
+        "n_perms": arguments.n_perms,
+        "n_bootstrap": arguments.n_bootstrap,
+    }
     arguments.out.write_text(json.dumps({**what, **report(times, found)}, indent=1) + "\n")
 
 
