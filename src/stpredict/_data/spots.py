@@ -85,14 +85,20 @@ def spots_of_table(table: AnnData, section_key: str | None) -> list[Spots]:
         )
     xy = xy.astype(np.float64)
     rows = np.flatnonzero(np.isfinite(xy).all(axis=1))
-    if section_key is None and TableModel.ATTRS_KEY in table.uns:
-        section_key = table.uns[TableModel.ATTRS_KEY][TableModel.REGION_KEY_KEY]
+    rank = np.zeros(len(rows))
+    if TableModel.ATTRS_KEY in table.uns:  # sections in the order in which a SpatialData with this table has them
+        attrs = table.uns[TableModel.ATTRS_KEY]
+        regions, region_key = list(np.atleast_1d(attrs[TableModel.REGION_KEY])), attrs[TableModel.REGION_KEY_KEY]
+        section_key = region_key if section_key is None else section_key
+        if region_key in table.obs:
+            found_at = pd.Index(regions).get_indexer(pd.Index(table.obs[region_key].iloc[rows]))
+            rank = np.where(found_at < 0, len(regions), found_at)
     if section_key is None:
         labels = np.full(table.n_obs, "section", dtype=object)
     else:
         labels = read_labels(table.obs, section_key, rows, "section_key")
     found = []
-    for name in pd.unique(labels[rows]):
+    for name in pd.unique(labels[rows[np.argsort(rank, kind="stable")]]):
         chosen = rows[labels[rows] == name]
         found.append(Spots(name, xy[chosen], np.ones(len(chosen)), table.obs_names[chosen].to_numpy(), chosen))
     if not found:

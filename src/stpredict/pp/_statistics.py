@@ -180,10 +180,14 @@ def _count(rgb, x0, y0, centers, conics, half_height):  # type: ignore[no-untype
     _, height, width = rgb.shape
     n_fields, n, _ = conics.shape
     counts = np.zeros((n, n_fields, 3, 256), dtype=np.int32)
+    # Pixels side by side are alike. Counted by turns in two places, one does not wait for the other: that takes half the time.
+    turns = np.empty((n_fields, 2, 3, 256), dtype=np.int32)
     for i in range(n):
+        turns[:] = 0
         first = max(int(np.floor(centers[i, 1] - half_height[i])) - y0, 0)
         last = min(int(np.ceil(centers[i, 1] + half_height[i])) + 1 - y0, height)
         for y in range(first, last):
+            red, green, blue = rgb[0, y], rgb[1, y], rgb[2, y]
             inner_start, inner_stop = width, width
             for f in range(n_fields):
                 start, stop = chord(y + y0 + 0.5 - centers[i, 1], conics[f, i], centers[i, 0])
@@ -192,12 +196,22 @@ def _count(rgb, x0, y0, centers, conics, half_height):  # type: ignore[no-untype
                     continue
                 if inner_start >= inner_stop:
                     inner_start, inner_stop = stop, stop
-                for c in range(3):
-                    for x in range(start, inner_start):
-                        counts[i, f, c, rgb[c, y, x]] += 1
-                    for x in range(inner_stop, stop):
-                        counts[i, f, c, rgb[c, y, x]] += 1
+                one, other = turns[f, 0], turns[f, 1]
+                for left, right in ((start, inner_start), (inner_stop, stop)):
+                    even = left + (right - left) // 2 * 2
+                    for x in range(left, even, 2):
+                        one[0, red[x]] += 1
+                        one[1, green[x]] += 1
+                        one[2, blue[x]] += 1
+                        other[0, red[x + 1]] += 1
+                        other[1, green[x + 1]] += 1
+                        other[2, blue[x + 1]] += 1
+                    if even < right:
+                        one[0, red[even]] += 1
+                        one[1, green[even]] += 1
+                        one[2, blue[even]] += 1
                 inner_start, inner_stop = start, stop
+        counts[i] = turns[:, 0] + turns[:, 1]
     return counts
 
 

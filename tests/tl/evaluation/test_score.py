@@ -434,6 +434,15 @@ def test_a_table_by_itself_is_scored_like_its_spatialdata(sdata: SpatialData) ->
     pd.testing.assert_frame_equal(table.var, alone.var)
     pd.testing.assert_frame_equal(table.obs, alone.obs)
     assert score(alone, spots="all", n_perms=0)["section"].cat.categories.tolist()[:3] == ["A", "B", "C"]
+    backwards = table[::-1].copy()  # sections in the order of their regions, not of their rows
+    del sdata.tables["table"]
+    sdata["table"] = backwards
+    alone = backwards.copy()
+    for section_key in (None, "section"):
+        here, there = (score(each, section_key=section_key) for each in (sdata, alone))
+        pd.testing.assert_frame_equal(here, there)
+    here, there = (stp.tl.noise_ceiling(each, n_draws=2) for each in (sdata, alone))
+    pd.testing.assert_frame_equal(here, there)
 
 
 def test_a_table_without_places_or_annotation(sdata: SpatialData) -> None:
