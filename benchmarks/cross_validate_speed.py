@@ -53,9 +53,9 @@ def run_once(out: Path, n_perms: int, n_bootstrap: int, profile: str | None) -> 
     import stpredict as stp
 
     sdata = stp.datasets.her2st(SECTIONS)
-    fit = {"nsl": stp.tl.fit_nsl, "ridge": partial(stp.tl.fit_ridge, features="color_statistics")}
+    fit: dict[str, Any] = {"nsl": stp.tl.fit_nsl, "ridge": partial(stp.tl.fit_ridge, features="color_statistics")}
     known = inspect.signature(stp.tl.cross_validate).parameters
-    draws = {"n_perms" if "n_perms" in known else "n_permutations": n_perms, "n_bootstrap": n_bootstrap}
+    draws: dict[str, Any] = {"n_perms" if "n_perms" in known else "n_permutations": n_perms, "n_bootstrap": n_bootstrap}
     warnings.filterwarnings("ignore")
     # Checkouts import packages at different times: what the call imports is not to be counted as its own.
     small = stp.datasets.synthetic(n_spots=30, n_genes=8)
