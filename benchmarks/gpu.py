@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +265,7 @@ def succeeded(part: dict[str, Any]) -> bool:
 
 def in_process(name: str, file: str, *, device: str, rehearse: bool) -> None:
     """Import, wait for the turn, and run one part."""
-    from _gpu.part import Part, write_json
+    from _gpu.part import Part, failure, write_json
 
     results: dict[str, Any] = {}
     try:
@@ -298,9 +297,7 @@ def in_process(name: str, file: str, *, device: str, rehearse: bool) -> None:
             _graphs.ENABLED = False
         module.run(part)
     except Exception as error:  # noqa: BLE001  (reported by the parent)
-        lines = str(error).strip().splitlines()
-        failure = {"error": f"{type(error).__name__}: {lines[0] if lines else ''}", "traceback": traceback.format_exc()}
-        write_json(Path(file), {**results, "failure": failure})
+        write_json(Path(file), {**results, "failure": failure(error)})
 
 
 def versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import re
 import time
 import traceback
 from collections.abc import Callable
@@ -63,14 +64,18 @@ class Part:
         try:
             found = run()
         except Exception as error:  # noqa: BLE001  (what follows can still be measured)
-            lines = str(error).strip().splitlines()
-            found = {
-                "error": f"{type(error).__name__}: {lines[0] if lines else ''}",
-                "traceback": traceback.format_exc(),
-            }
+            found = failure(error)
         self.note(name, found)
         gc.collect()  # a traceback holds on to the tensors of its frames
         return None if isinstance(found, dict) and "error" in found else found
+
+
+def failure(error: Exception) -> dict[str, str]:
+    """What is written of an exception; files by their path in the checkout or their package, wherever these lie."""
+    lines = str(error).strip().splitlines()
+    told = traceback.format_exc().replace(f"{Path(__file__).parents[2]}{os.sep}", "")
+    told = re.sub(r'File "[^"]*?(site-packages|lib/python[0-9.]+)/', 'File "', told)
+    return {"error": f"{type(error).__name__}: {lines[0] if lines else ''}", "traceback": told}
 
 
 def write_json(file: Path, content: Any) -> None:
