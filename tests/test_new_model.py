@@ -22,8 +22,10 @@ PAGE = Path(__file__).parents[1] / "docs" / "contributing" / "architecture.md"
 def fit_darkness(monkeypatch: pytest.MonkeyPatch) -> Callable[..., stp.models.FittedModel]:
     """What the page adds, as if its files lay in the package."""
     model, line, fit = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), flags=re.MULTILINE | re.DOTALL)
-    monkeypatch.setattr(_registry, "MODELS", dict(_registry.MODELS))
-    exec(line, {"MODELS": _registry.MODELS})
+    registry = dict(_registry.MODELS)
+    exec(line, {"MODELS": registry})
+    (kind,) = registry.keys() - _registry.MODELS.keys()
+    monkeypatch.setitem(_registry.MODELS, kind, registry[kind])  # in place: modules hold this very object
     for name, code in (("stpredict.models._darkness", model), ("stpredict.tl.fitting._fit_darkness", fit)):
         module = ModuleType(name)
         monkeypatch.setitem(sys.modules, name, module)
