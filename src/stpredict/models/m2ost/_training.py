@@ -11,7 +11,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -401,11 +401,6 @@ def augment(patches: torch.Tensor, symmetry: torch.Tensor, jitter: torch.Tensor,
     factor, offset = (stain_jitter * jitter).view(-1, 2, 1, 3, 1, 1).unbind(1)
     od = -torch.log((patches.float() + 1) / 256)
     return ((256 * torch.exp(-(od * factor.exp() + offset)) - 1) / 255).clamp(0, 1)
-
-
-def as_settings(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as numbers and strings that every format can store."""
-    return {name: value for name, value in asdict(recipe).items() if value is not None}
 
 
 def _as_list(value: Any) -> list[Any]:
