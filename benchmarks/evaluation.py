@@ -33,13 +33,15 @@ def main() -> None:
     args = parser.parse_args()
 
     sdata = stp.datasets.her2st(SECTIONS)
-    stp.tl.noise_ceiling(sdata)
+    stp.tl.noise_ceiling(sdata, section_key="section")
     models = {"nsl": stp.tl.fit_nsl}
     if args.m2ost != "none":
         models["m2ost"] = partial(stp.tl.fit_m2ost, preset=args.m2ost)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The same patient is on both sides")
-        cv = stp.tl.cross_validate(sdata, models, group_key="section", genes=N_GENES, checkpoint_dir=args.folder)
+        cv = stp.tl.cross_validate(
+            sdata, models, section_key="section", group_key="section", genes=N_GENES, checkpoint_dir=args.folder
+        )
 
     summary = stp.tl.summarize(cv)
     variable = stp.tl.summarize(cv, genes="highly_variable")

@@ -177,7 +177,7 @@ class Run:
         except BrokenPipeError:
             status, reason = "failed", "it ended before its turn"
         stop(process)
-        part = {"status": status, "seconds": time.monotonic() - begun}
+        part: dict[str, Any] = {"status": status, "seconds": time.monotonic() - begun}
         file = self.scratch / f"{name}.json"
         part["results"] = json.loads(file.read_text()) if file.exists() else {}
         if failure := part["results"].pop("failure", None):

@@ -41,7 +41,7 @@ def real(sdata: Any, genes: list[str]) -> list[dict[str, Any]]:
     """Medians over genes, for several depths below which spots are left out."""
     rows = []
     for min_count in MIN_COUNTS:
-        found = stp.tl.noise_ceiling(sdata, genes=genes, min_count=min_count, inplace=False)
+        found = stp.tl.noise_ceiling(sdata, genes=genes, section_key="section", min_count=min_count, inplace=False)
         medians = found.groupby("section", observed=True)[["ceiling", "error"]].median()
         rows.append(
             {

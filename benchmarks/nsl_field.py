@@ -25,7 +25,6 @@ from tqdm.auto import tqdm
 import stpredict as stp
 from stpredict.models import NSL
 from stpredict.models.nsl._stains import RUIFROK_JOHNSTON, stain_matrix
-from stpredict.tl.fitting._fit_nsl import color_fractions
 
 SECTIONS = ("C2", "C3", "C4", "C5")
 CHOICE = SECTIONS[:3]
@@ -58,7 +57,7 @@ def main() -> None:
     with tqdm(total=len(folds) * len(FIELDS) + len(CHOICE) * (len(PULLS) - 1)) as progress:
         for field in FIELDS:
             histogram = stp.pp.color_histogram(sdata, spot_scale=field, inplace=False)
-            fractions, mean_od = color_fractions(histogram), histogram.mean_od
+            fractions, mean_od = histogram.fractions(np.arange(table.n_obs)), histogram.mean_od
             for sections, used, held_out in folds:
                 train = np.isin(of_spot, used) & (of_spot != held_out)
                 test = of_spot == held_out
@@ -72,7 +71,7 @@ def main() -> None:
                 for pull in PULLS if (sections, field) == ("choice", FIELD) else (PULL,):
                     model = NSL.fit(
                         fractions[train], histogram.od, target, list(table.var_names[genes]),
-                        reference=reference, pull=pull,
+                        reference=reference, reads={}, pull=pull,
                     )  # fmt: skip
                     score = median_pcc(model.predict(fractions[test], histogram.od), measured)
                     scores.append({**fold, "model": "NSL", "pull": pull, "pcc": score})

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,16 +32,15 @@ PIXELS_PER_SPOT = 16_000  # a 100 um spot at 0.7 um per pixel
 def her2st_arrays() -> tuple[Any, np.ndarray, np.ndarray]:
     """Colour fractions, optical densities and expression of the four sections."""
     import stpredict as stp
-    from stpredict.tl.fitting._fit_nsl import color_fractions
 
     sdata = stp.datasets.her2st(["C2", "C3", "C4", "C5"])
     histogram = stp.pp.color_histogram(sdata, inplace=False)
     expression = sdata["table"].X.toarray()
     order = np.argsort(-expression.mean(axis=0))
-    return color_fractions(histogram), histogram.od, expression[:, order]
+    return histogram.fractions(np.arange(len(expression))), histogram.od, expression[:, order]
 
 
-def fit(n_genes: int | None, device: str) -> Iterator[Callable[[], dict[str, Any]]]:
+def fit(n_genes: int | None, device: str) -> Generator[Callable[[], dict[str, Any]], None, None]:
     """Fit the genes of highest mean expression, or all that are detected in any spot."""
     from stpredict.models import NSL
     from stpredict.models.nsl._solver import MAX_COLOURS
@@ -53,7 +52,8 @@ def fit(n_genes: int | None, device: str) -> Iterator[Callable[[], dict[str, Any
     genes = [str(i) for i in range(expression.shape[1])]
 
     def run() -> dict[str, Any]:
-        model = NSL.fit(fractions, od, expression, genes, reference=stain_matrix(RUIFROK_JOHNSTON), device=device)
+        reference = stain_matrix(RUIFROK_JOHNSTON)
+        model = NSL.fit(fractions, od, expression, genes, reference=reference, reads={}, device=device)
         evaluations = float(model.n_iter.sum() + len(genes))
         return {
             "genes": len(genes),
@@ -67,7 +67,7 @@ def fit(n_genes: int | None, device: str) -> Iterator[Callable[[], dict[str, Any
     yield run
 
 
-def histograms(make: Callable[[str], Any]) -> Iterator[Callable[[], dict[str, Any]]]:
+def histograms(make: Callable[[str], Any]) -> Generator[Callable[[], dict[str, Any]], None, None]:
     """Histograms of all spots of a slide."""
     import stpredict as stp
 
@@ -81,7 +81,7 @@ def histograms(make: Callable[[str], Any]) -> Iterator[Callable[[], dict[str, An
         yield run
 
 
-def adam(n_genes: int, device: str, steps: int = 20) -> Iterator[Callable[[], dict[str, Any]]]:
+def adam(n_genes: int, device: str, steps: int = 20) -> Generator[Callable[[], dict[str, Any]], None, None]:
     """One full-batch gradient step of the same model on every pixel, by Adam.
 
     The pixels of a spot are drawn from its histogram, which is all that they share with the real ones as far as the
@@ -114,7 +114,7 @@ def adam(n_genes: int, device: str, steps: int = 20) -> Iterator[Callable[[], di
     yield run
 
 
-def adam_steps(n_genes: int, device: str) -> Iterator[Callable[[], dict[str, Any]]]:
+def adam_steps(n_genes: int, device: str) -> Generator[Callable[[], dict[str, Any]], None, None]:
     """Steps that Adam takes, on the histograms, to come within 1e-3 of the objective that our solver reaches."""
     import torch
 
@@ -124,7 +124,8 @@ def adam_steps(n_genes: int, device: str) -> Iterator[Callable[[], dict[str, Any
     fractions, od, expression = her2st_arrays()
     expression = expression[:, :n_genes]
     reference = stain_matrix(RUIFROK_JOHNSTON)
-    model = NSL.fit(fractions, od, expression, list(map(str, range(n_genes))), reference=reference, device=device)
+    names = list(map(str, range(n_genes)))
+    model = NSL.fit(fractions, od, expression, names, reference=reference, reads={}, device=device)
     pull = ((model.stain_matrix - reference) ** 2).sum(axis=(1, 2))
     goal = float(np.mean(np.log(model.loss) + 0.1 * pull)) + 1e-3
     y = torch.tensor((expression - expression.mean(0)) / expression.std(0), dtype=torch.float32, device=device)
@@ -172,7 +173,7 @@ def _nsl_parameters(n_genes: int, device: str) -> list[Any]:
     return [value.to(device).requires_grad_() for value in values]
 
 
-CASES: dict[str, Callable[[str], Iterator[Callable[[], dict[str, Any]]]]] = {
+CASES: dict[str, Callable[[str], Generator[Callable[[], dict[str, Any]], None, None]]] = {
     "fit_250": lambda device: fit(250, device),
     "fit_all": lambda device: fit(None, device),
     "hist_section": lambda device: histograms(zarr_section),

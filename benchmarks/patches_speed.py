@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -32,7 +32,7 @@ BATCH = 96
 Run = Callable[[], dict[str, Any]]
 
 
-def cutting(make: Callable[[str], Any], **options: Any) -> Iterator[Run]:
+def cutting(make: Callable[[str], Any], **options: Any) -> Generator[Run, None, None]:
     """All patches at three levels of 224 pixels."""
     import stpredict.pp._patches as pp
 
@@ -46,7 +46,7 @@ def cutting(make: Callable[[str], Any], **options: Any) -> Iterator[Run]:
         yield run
 
 
-def batches(make: Callable[[str], Any], n: int) -> Iterator[Run]:
+def batches(make: Callable[[str], Any], n: int) -> Generator[Run, None, None]:
     """Random batches of patches that were cut before, into one array."""
     import stpredict.pp._patches as pp
 
@@ -62,7 +62,7 @@ def batches(make: Callable[[str], Any], n: int) -> Iterator[Run]:
         yield run
 
 
-CASES: dict[str, Callable[[], Iterator[Run]]] = {
+CASES: dict[str, Callable[[], Generator[Run, None, None]]] = {
     "section": lambda: cutting(zarr_section),
     "slide": lambda: cutting(large_slide),
     "slide_plain": lambda: cutting(large_slide, field=224 / 141.4),  # scales that need no resizing

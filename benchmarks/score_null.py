@@ -25,7 +25,7 @@ import numpy as np
 from scipy.spatial import cKDTree
 
 import stpredict as stp
-from stpredict._data.slide import read_spots
+from stpredict._data.spots import spots_of_shapes
 from stpredict.tl.evaluation.numbers._null import permutation_p_values
 from stpredict.tl.evaluation.numbers._parts import Part
 
@@ -37,7 +37,7 @@ EXPLAINED = 0.1
 def places() -> dict[str, list[np.ndarray]]:
     """Sections as centres of spots, a pitch apart."""
     sdata = stp.datasets.her2st(["C2", "C3", "C4", "C5"])
-    real = [spots.xy / pitch(spots.xy) for spots in read_spots(sdata, sdata["table"])]
+    real = [spots.xy / pitch(spots.xy) for spots in spots_of_shapes(sdata, list(sdata.shapes), sdata["table"])]
     grid = np.indices((60, 60)).reshape(2, -1).T.astype(float)
     centered = np.column_stack([grid[:, 1] + 0.5 * (grid[:, 0] % 2), grid[:, 0] * np.sqrt(3) / 2]) - [30, 26]
     angle = np.arctan2(*centered.T)

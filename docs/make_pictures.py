@@ -18,7 +18,8 @@ import pandas as pd
 from matplotlib.patches import Circle, Rectangle
 
 import stpredict as stp
-from stpredict._data.slide import read_spots
+from stpredict._data.spots import spots_of_shapes
+from stpredict.pp._patches import DEFAULT_SPOT_SCALE
 from stpredict.tl.evaluation.numbers._null import spatial_modes
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def main() -> None:
     genes = table.var_names[np.argsort(-np.asarray(table.X[train].mean(axis=0)).ravel())[:N_GENES]]
     model = stp.tl.fit_nsl(sdata, genes=genes, train_key="train")
 
-    stp.pl.expression(sdata, GENE, sections=[HELD_OUT])
+    stp.pl.expression(sdata, GENE, section_key="section", sections=[HELD_OUT])
     save("expression", dpi=110)
     draw_model(sdata, model, "EPCAM")
     save("nsl", dpi=110)
@@ -113,7 +114,7 @@ def show(ax: Axes, pixels: np.ndarray, title: str) -> None:
 def draw_random_maps(sdata: SpatialData) -> None:
     """A predicted map, shuffled, and as spectral randomisation rearranges it."""
     table = sdata["table"]
-    (section,) = read_spots(sdata, table, shapes_key=f"{HELD_OUT}_spots")
+    (section,) = spots_of_shapes(sdata, [f"{HELD_OUT}_spots"], table)
     predicted = table[section.rows, GENE].layers["nsl"].ravel()
     modes = spatial_modes(section.xy)
     rng = np.random.default_rng(3)
@@ -172,9 +173,10 @@ def draw_field(sdata: SpatialData) -> None:
 def draw_levels(sdata: SpatialData) -> None:
     """What M2OST sees of a spot: its three levels, each cut into tokens that are finer towards the centre."""
     row = sdata["table"].obs_names.get_loc(SPOT)
-    with stp.pp.patches(sdata) as patches:
+    field = DEFAULT_SPOT_SCALE
+    with stp.pp.patches(sdata, spot_scale=field) as patches:
         levels = np.moveaxis(patches[int(np.searchsorted(patches.rows, row))], 1, -1)
-        size, field = patches.shape[-1], patches.made_of["field"]
+        size = patches.shape[-1]
     _, axes = plt.subplots(1, len(levels), figsize=(10.5, 3.9), layout="constrained")
     for level, (pixels, ax) in enumerate(zip(levels, axes, strict=True)):
         width = field * 2**level

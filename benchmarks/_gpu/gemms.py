@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -100,8 +101,7 @@ def flop(kind: str, shapes: list[tuple[int, ...]]) -> int:
     if kind == "attention":
         b, heads, n, c = shapes[0]
         return 7 * 2 * b * heads * n * shapes[1][2] * c
-    *b, n, k = shapes[0]
-    return 2 * (b[0] if b else 1) * n * k * shapes[1][-1]
+    return 2 * math.prod(shapes[0]) * shapes[1][-1]
 
 
 def _alone(kind: str, layouts: tuple[Layout, ...], dtype: torch.dtype, part: Part) -> float:
